@@ -1,0 +1,3 @@
+"""Compress Llama-style language models by merging redundant layers."""
+
+__version__ = "0.1.0"

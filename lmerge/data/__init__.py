@@ -1,0 +1,1 @@
+"""Questions, prompts, texts and the data module."""
