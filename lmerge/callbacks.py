@@ -1,0 +1,214 @@
+"""Callbacks: when alignment, repair, artefacts and export happen; the functions decide what."""
+
+from __future__ import annotations
+
+import logging
+from typing import cast
+
+import numpy as np
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lmerge.align import Aligner, Orders, align_group, matched_similarity
+from lmerge.cost import measure_costs
+from lmerge.export import export_model, model_card, verify_export, write_card
+from lmerge.figures import matching_figure, save, similarity_figure
+from lmerge.files import provenance, write_json
+from lmerge.llama import LayerTensors, decoder_layers, layer_tensors
+from lmerge.merged import members_in_one_frame
+from lmerge.module import AlphaModule
+from lmerge.plan import Group
+from lmerge.progress import track
+from lmerge.repair import RepairConfig, refit_groups
+from lmerge.results import Row, print_table, table_rows, write_metrics
+from lmerge.runs import write_alphas, write_orders, write_plan, write_refits
+
+logger = logging.getLogger(__name__)
+
+
+def _module(pl_module: LightningModule) -> AlphaModule:
+    assert isinstance(pl_module, AlphaModule)
+    return pl_module
+
+
+class HungarianAlignment(Callback):
+    """Aligns every group's members to its anchor before the module merges them.
+
+    Args:
+        method: `weights` matches MLP neurons by their weights; `none` leaves them as they are.
+    """
+
+    def __init__(self, method: Aligner = "weights") -> None:
+        self.method = method
+        self.similarity: dict[str, dict[int, Tensor]] = {"before": {}, "after": {}}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        module = _module(pl_module)
+        state = module.prepare()
+        if stage == "fit" and not trainer.ckpt_path:
+            solved = self._align(module) if trainer.is_global_zero else None
+            state.orders = cast(Orders, trainer.strategy.broadcast(solved))
+
+    def _align(self, module: AlphaModule) -> Orders:
+        assert module.state is not None
+        orders: Orders = {}
+        for group in track(module.state.plan.groups, "alignment"):
+            layers = members(module, group)
+            orders |= align_group(group, layers, self.method)
+            self._measure(group, layers, orders)
+        return orders
+
+    def _measure(self, group: Group, layers: dict[int, LayerTensors], orders: Orders) -> None:
+        anchor = layers[group.anchor]
+        for i in group.members:
+            if i != group.anchor:
+                before_F = matched_similarity(anchor, layers[i], orders[i].sort().values)
+                after_F = matched_similarity(anchor, layers[i], orders[i])
+                self.similarity["before"][i], self.similarity["after"][i] = before_F, after_F
+                logger.info(
+                    "layer %d aligned to %d: mean neuron similarity %.3f -> %.3f",
+                    *(i, group.anchor, before_F.mean(), after_F.mean()),
+                )
+
+
+def members(module: AlphaModule, group: Group) -> dict[int, LayerTensors]:
+    """Return a group's layers in one frame of norms, by source layer."""
+    layers = [layer_tensors(decoder_layers(module.source)[i]) for i in group.members]
+    framed = members_in_one_frame(layers, [None] * len(layers), group.anchor_position)
+    return dict(zip(group.members, framed, strict=True))
+
+
+class Repair(Callback):
+    """Refits the merged layers in closed form when training ends.
+
+    Args:
+        config: Method and regularisation.
+    """
+
+    def __init__(self, config: RepairConfig = RepairConfig()) -> None:  # noqa: B008 - frozen
+        self.config = config
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = _module(pl_module)
+        if trainer.is_global_zero:
+            refit_groups(module.source, module.merged, module.cache().prefix_BTD, self.config)
+        module.merged.set_refits(trainer.strategy.broadcast(module.merged.refits()))
+
+
+class Artefacts(Callback):
+    """Writes what a run leaves behind: plan, orders, alphas, figures, metrics and the table."""
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = _module(pl_module)
+        assert module.state is not None
+        write_plan(module.run_dir, module.state.plan)
+        write_orders(module.run_dir, module.state.orders)
+        write_similarity(trainer, module)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, HungarianAlignment) and callback.similarity["after"]:
+                figure = matching_figure(**callback.similarity)
+                log_figure(trainer, module, figure, "alignment/neurons")
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = _module(pl_module)
+        alphas, refits = module.merged.alphas(), module.merged.refits()
+        write_alphas(module.run_dir, module.merged.plan, alphas)
+        if any(refits):
+            write_refits(module.run_dir, refits, alphas)
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            finish_evaluation(trainer, _module(pl_module), "validate")
+
+    @rank_zero_only
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        finish_evaluation(trainer, _module(pl_module), "test")
+
+
+def write_similarity(trainer: Trainer, module: AlphaModule) -> None:
+    """Write the similarity matrices of the plan stage and their figure."""
+    matrices = module.similarity_LL
+    if not matrices:
+        return
+    assert module.state is not None
+    folder = module.run_dir / "similarity"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, matrix_LL in matrices.items():
+        np.save(folder / f"{name.replace('/', '_')}.npy", matrix_LL.numpy(), allow_pickle=False)
+    data = {"measure": module.measure, "pooling": module.pooling, "matrices": list(matrices)}
+    write_json(folder / "similarity.json", {**data, "provenance": provenance()}, schema=1)
+    figure = similarity_figure(matrices, module.measure, module.state.plan)
+    log_figure(trainer, module, figure, "similarity/layers")
+
+
+def log_figure(trainer: Trainer, module: AlphaModule, figure: Figure, name: str) -> None:
+    """Save a figure in the run folder and show it in W&B."""
+    path = module.run_dir / f"{name}.png"
+    save(figure, path)
+    for wandb_logger in trainer.loggers:
+        if isinstance(wandb_logger, WandbLogger):
+            wandb_logger.log_image(name, [str(path)])
+
+
+def finish_evaluation(trainer: Trainer, module: AlphaModule, stage: str) -> None:
+    """Measure costs, write metrics.json, print the table and bring the model card up to date."""
+    data = module.data()
+    models = {"source": module.source, "merged": module.merged.plain()}
+    module.results["cost"] = measure_costs(models)
+    write_metrics(
+        module.run_dir,
+        stage,
+        {"source": module.source_name, "fingerprints": data.fingerprints, **module.results},
+    )
+    rows = table_rows(module.results)
+    print_table(rows, f"{module.source_name}: {stage} of source and merged model")
+    for wandb_logger in trainer.loggers:
+        if isinstance(wandb_logger, WandbLogger):
+            wandb_logger.log_table(
+                f"{stage}/results", ["what", "source", "merged"], [list(row) for row in rows]
+            )
+    if (module.run_dir / "model" / "config.json").is_file():
+        write_card(module.run_dir / "model", card(module, rows))
+
+
+def card(module: AlphaModule, rows: list[Row]) -> str:
+    """Return the model card of the exported model."""
+    plan = module.merged.plan
+    return model_card(
+        source=module.source_name,
+        num_source_layers=plan.num_layers,
+        num_layers=plan.num_layers - plan.num_removed,
+        groups=[list(group.members) for group in plan.groups],
+        table=rows,
+        command=None,
+        provenance=provenance(),
+        notes=[],
+    )
+
+
+class ExportCheckpoint(Callback):
+    """Writes the merged model as a plain Hugging Face checkpoint when fitting ends.
+
+    Args:
+        enabled: Whether to write `model/` in the run folder.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.enabled:
+            return
+        module = _module(pl_module)
+        data, folder = module.data(), module.run_dir / "model"
+        plain = module.merged.plain()
+        export_model(plain, data.tokenizer, folder, card=card(module, []), overwrite=True)
+        difference = verify_export(folder, plain, data.calibration_blocks()[:1])
+        logger.info("exported to %s; reloaded logits differ by at most %.1e", folder, difference)

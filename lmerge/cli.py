@@ -1,0 +1,237 @@
+"""The command line: LightningCLI's `fit`, `validate` and `test` around a run folder."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+import shutil
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from jsonargparse import set_parsing_settings
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+
+from lmerge.callbacks import Artefacts, ExportCheckpoint, HungarianAlignment, Repair
+from lmerge.data.module import MMLUDataModule
+from lmerge.files import write_text
+from lmerge.module import AlphaModule
+
+WandbMode = Literal["offline", "online", "disabled"]
+
+OWN_FILES = (
+    "config.yaml",
+    "plan.json",
+    "orders.safetensors",
+    "alphas.json",
+    "repair.safetensors",
+    "metrics.json",
+    "similarity",
+    "alignment",
+    "checkpoints",
+    "logs",
+    "model",
+)
+"""What a run leaves in its folder; a new run in the same folder starts by removing it."""
+
+RENAMED = {"num_merges": "num_removed", "num_layers_removed": "num_removed"}
+"""Names that people try, and what the option is called here."""
+
+
+class Parser(LightningArgumentParser):
+    """A parser that takes no abbreviations and reports an error in one line with a hint."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        parser = getattr(ex, "subcommand_parser", None) or self
+        line = " ".join(message.split())
+        sys.stderr.write(f"lmerge: error: {line}{_hint(parser, line)}\n")
+        sys.exit(2)
+
+
+def _hint(parser: Any, message: str) -> str:
+    """Return a `did you mean` for the first unknown option in a message."""
+    match = re.search(
+        r"(?:[Uu]nrecognized arguments: (?:--)?|[Kk]ey ['\"]?|option ['\"])([\w.]+)", message
+    )
+    if match is None:
+        return ""
+    key = match[1]
+    stem, _, leaf = key.rpartition(".")
+    options = list(_option_names(parser))
+    wanted = f"{stem}.{RENAMED[leaf]}".lstrip(".") if leaf in RENAMED else key
+    close = difflib.get_close_matches(wanted, options, n=1, cutoff=0.6)
+    close = close or [name for name in options if name.rpartition(".")[2] == leaf][:1]
+    return f" Did you mean `--{close[0]}`?" if close else ""
+
+
+def _option_names(parser: Any) -> set[str]:
+    names = {s[2:] for a in parser._actions for s in a.option_strings if s.startswith("--")}
+    subcommands = getattr(parser, "_subcommands_action", None)
+    for subparser in subcommands._name_parser_map.values() if subcommands else ():
+        names |= _option_names(subparser)
+    return names
+
+
+class WriteConfig(SaveConfigCallback):
+    """Writes config.yaml into the run folder when fitting starts."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "save_to_log_dir": False, "overwrite": True})
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and isinstance(pl_module, AlphaModule):
+            text = self.parser.dump(self.config, skip_none=False)
+            write_text(pl_module.run_dir / "config.yaml", text)
+
+
+class CLI(LightningCLI):
+    """LightningCLI with a run folder, its loggers and callbacks, and checks before any work."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
+            "validate": {"model", "dataloaders", "datamodule"},
+            "test": {"model", "dataloaders", "datamodule"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--run_dir", type=str, default="runs/default", help="Folder of the run's artefacts."
+        )
+        parser.add_argument(
+            "--overwrite", type=bool, default=False, help="Whether `fit` may replace a run folder."
+        )
+        parser.add_argument(
+            "--wandb",
+            type=WandbMode,
+            default="offline",
+            help="W&B: `offline` writes files in the run folder, `online` sends them.",
+        )
+        parser.add_lightning_class_args(HungarianAlignment, "alignment")
+        parser.add_lightning_class_args(Repair, "repair")
+        parser.add_lightning_class_args(Artefacts, "artefacts")
+        parser.add_lightning_class_args(ExportCheckpoint, "export")
+        parser.link_arguments("run_dir", "model.run_dir")
+        parser.link_arguments("run_dir", "trainer.default_root_dir")
+        parser.link_arguments("model.source", "data.source")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self._get(self.config_init, "trainer")
+        run_dir = Path(self._get(self.config_init, "run_dir"))
+        if config.get("logger") in (None, True):
+            kwargs["logger"] = self._loggers(run_dir)
+        callbacks = list(config.get("callbacks") or [])
+        has_own = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+        wanted = self.subcommand == "fit" and config.get("enable_checkpointing") is not False
+        if wanted and not has_own:
+            folder = run_dir / "checkpoints"
+            callbacks.append(ModelCheckpoint(folder, filename="alphas-{step}", save_last=True))
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def _loggers(self, run_dir: Path) -> list[Logger]:
+        loggers: list[Logger] = []
+        if self.subcommand == "fit":
+            loggers.append(CSVLogger(run_dir, name="", version="logs"))
+        mode: WandbMode = self._get(self.config_init, "wandb")
+        if mode != "disabled" and os.environ.get("WANDB_MODE") != "disabled":
+            run_dir.mkdir(parents=True, exist_ok=True)
+            offline = mode == "offline" and "WANDB_SWEEP_ID" not in os.environ
+            name = f"{run_dir.name}-{self.subcommand}"
+            loggers.append(WandbLogger(name, run_dir, offline=offline, project="lmerge"))
+        return loggers
+
+    # Checks before anything is written.
+
+    def before_instantiate_classes(self) -> None:
+        """Check the run folder."""
+        run_dir = Path(self._get(self.config, "run_dir"))
+        resumed = self._get(self.config, "ckpt_path")
+        if self.subcommand == "fit" and not resumed:
+            prepare_run_dir(run_dir, overwrite=self._get(self.config, "overwrite"))
+
+    def after_instantiate_classes(self) -> None:
+        """Check data and model settings."""
+        self.datamodule.setup(self.subcommand)
+        self.model.check()
+
+    def before_fit(self) -> None:
+        """Remove the run that is to be replaced, now that everything was checked."""
+        if not self._get(self.config, "ckpt_path"):
+            remove_run(self.model.run_dir)
+
+    def after_fit(self) -> None:
+        """Evaluate source and merged model."""
+        self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+
+
+@rank_zero_only
+def prepare_run_dir(run_dir: Path, *, overwrite: bool) -> None:
+    """Check that a run folder can be made.
+
+    Raises:
+        ValueError: When it exists and may not be replaced, or cannot be written.
+    """
+    parent = next(p for p in (run_dir, *run_dir.parents) if p.exists() or p == run_dir.parents[-1])
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(
+            f"`--run_dir` must lie in a folder that can be written, got {run_dir}. "
+            "Choose another folder."
+        )
+    if run_dir.exists() and any(run_dir.iterdir()) and not overwrite:
+        raise ValueError(
+            f"run folder {run_dir} exists already. Choose another `--run_dir`, replace it with "
+            "`--overwrite=true`, or resume with `--ckpt_path`."
+        )
+
+
+@rank_zero_only
+def remove_run(run_dir: Path) -> None:
+    """Delete the artefacts of an earlier run, and nothing that lmerge did not write."""
+    for name in OWN_FILES:
+        path = run_dir / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _quiet() -> None:
+    """Keep to what a user can act on."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("lmerge").setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    warnings.filterwarnings("ignore", ".*jsonargparse.*")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; a user's mistake ends in one line and exit code 2."""
+    _quiet()
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    try:
+        CLI(
+            AlphaModule,
+            MMLUDataModule,
+            save_config_callback=WriteConfig,
+            parser_class=Parser,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            args=args,
+        )
+    except ValueError as error:
+        if os.environ.get("LMERGE_TRACEBACK"):
+            raise
+        sys.stderr.write(f"lmerge: error: {' '.join(str(error).split())}\n")
+        sys.exit(2)

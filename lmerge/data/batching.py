@@ -1,0 +1,166 @@
+"""Calibration prompts and token blocks, and batches on a device."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from lmerge.data.prompts import calibration_text, prompt_text
+from lmerge.data.records import ChoiceBatch, Question, TextBatch
+from lmerge.data.text import token_blocks
+from lmerge.data.tokens import encode
+
+logger = logging.getLogger(__name__)
+
+Batch = TypeVar("Batch", bound=ChoiceBatch | TextBatch)
+DomainSubjects = Mapping[str, Sequence[str]]
+
+
+class BlockDataset(Dataset[dict[str, Tensor]]):
+    """Token blocks, each with its position: {"index": (), "token_BT": (T,)} before batching."""
+
+    def __init__(self, token_BT: Tensor) -> None:
+        self.token_BT = token_BT
+
+    def __len__(self) -> int:
+        return len(self.token_BT)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"index": torch.tensor(index), "token_BT": self.token_BT[index]}
+
+
+def by_domain_language(
+    questions: Sequence[Question], domain_subjects: DomainSubjects
+) -> dict[tuple[str, str], list[Question]]:
+    """Return the questions of each (domain, language) that has any; domains may overlap."""
+    groups: dict[tuple[str, str], list[Question]] = {}
+    for domain, subjects in domain_subjects.items():
+        for question in questions:
+            if question.subject in subjects:
+                groups.setdefault((domain, question.language), []).append(question)
+    return groups
+
+
+def sample_prompts(
+    questions: Sequence[Question],
+    domain_subjects: DomainSubjects,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_prompts: int,
+    seed: int,
+) -> dict[tuple[str, str], list[Tensor]]:
+    """Return zero-shot letter prompts of each (domain, language), as token ids (T,).
+
+    The sample is drawn among the ids of a domain, so that languages share the questions that both
+    have, in the same order. A group with fewer than `num_prompts` questions gives all it has.
+    """
+    groups = by_domain_language(questions, domain_subjects)
+    prompts = {}
+    for (domain, language), group in groups.items():
+        ids = list(
+            dict.fromkeys(q.id for (name, _), g in groups.items() if name == domain for q in g)
+        )
+        rank = {ids[i]: position for position, i in enumerate(_permutation(len(ids), seed))}
+        chosen = sorted(group, key=lambda question: rank[question.id])[:num_prompts]
+        if len(chosen) < num_prompts:
+            message = "%s (%s): %d calibration prompts, since there are no more questions"
+            logger.info(message, domain, language, len(chosen))
+        texts = [prompt_text(question, [], "letter") for question in chosen]
+        prompts[domain, language] = [torch.tensor(ids) for ids in encode(tokenizer, texts)]
+    return prompts
+
+
+def calibration_streams(
+    questions: Sequence[Question],
+    domain_subjects: DomainSubjects,
+    texts: Mapping[str, str],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[list[int]]:
+    """Return the token ids of each text to calibrate on.
+
+    One stream per (domain, language), of its questions with their answers, then one per prose
+    text. A question of several domains counts once. No stream holds BOS, since most blocks start
+    in the middle of a text.
+    """
+    streams, seen = [], set()
+    for group in by_domain_language(questions, domain_subjects).values():
+        new = [question for question in group if (question.id, question.language) not in seen]
+        seen |= {(question.id, question.language) for question in new}
+        streams.append("\n\n".join(calibration_text(question) for question in new))
+    ids = tokenizer([*streams, *texts.values()], add_special_tokens=False, verbose=False)
+    return [list(stream) for stream in ids["input_ids"]]
+
+
+def mix_blocks(
+    streams: Sequence[Sequence[int]], *, block_size: int, num_blocks: int, seed: int
+) -> Tensor:
+    """Return blocks of all streams, each in proportion to its length and spread evenly.
+
+    Args:
+        streams: Token ids of each text.
+        block_size: Tokens in a block.
+        num_blocks: Blocks to return; fewer where the streams hold fewer.
+        seed: Chooses the blocks of a stream that has more than its share.
+
+    Returns:
+        Blocks (N, T), int64; equal arguments give equal blocks.
+
+    Raises:
+        ValueError: If no stream fills a block.
+    """
+    blocks = [token_blocks(ids, block_size) for ids in streams if len(ids) >= block_size]
+    if not blocks:
+        longest = max((len(ids) for ids in streams), default=0)
+        raise ValueError(
+            f"`block_size` must be at most the {longest} tokens of the longest calibration text, "
+            f"got {block_size}; lower it or give more text."
+        )
+    shares = _shares([len(block_BT) for block_BT in blocks], num_blocks)
+    placed = []
+    for stream, (block_BT, share) in enumerate(zip(blocks, shares, strict=True)):
+        chosen = sorted(_permutation(len(block_BT), seed)[:share])
+        placed += [((i + 0.5) / share, stream, block_BT[j]) for i, j in enumerate(chosen)]
+    return torch.stack([token_T for *_, token_T in sorted(placed, key=lambda item: item[:2])])
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """Return the tokens that every layer of a model can see."""
+    window = getattr(config, "sliding_window", None)
+    limits = [config.max_position_embeddings, window]
+    return min(int(limit) for limit in limits if limit)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Return the batch with its tensors on a device; the fields are frozen, so it is a new one."""
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    moved: dict[str, Any] = {
+        name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)
+    }
+    return replace(batch, **moved)
+
+
+def _permutation(length: int, seed: int) -> list[int]:
+    order: list[int] = torch.randperm(
+        length, generator=torch.Generator().manual_seed(seed)
+    ).tolist()
+    return order
+
+
+def _shares(counts: Sequence[int], total: int) -> list[int]:
+    """Split `total` in proportion to `counts`, none above its count (largest remainders)."""
+    available = sum(counts)
+    if available < total:
+        logger.info("%d calibration blocks, since there is no more text", available)
+    total = min(total, available)
+    shares = [total * count // available for count in counts]
+    remainders = sorted(range(len(counts)), key=lambda i: -(total * counts[i] % available))
+    for i in remainders[: total - sum(shares)]:
+        shares[i] += 1
+    return shares

@@ -1,0 +1,291 @@
+"""The data module: questions and texts by domain and language, split by split."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from lmerge.data.batching import (
+    BlockDataset,
+    calibration_streams,
+    context_length,
+    mix_blocks,
+    sample_prompts,
+    to_device,
+)
+from lmerge.data.prompts import build_choice_batches
+from lmerge.data.records import IGNORE, ChoiceBatch, Question, Scoring, TextBatch
+from lmerge.data.stage import StageData, read_stage
+from lmerge.data.text import text_batches
+from lmerge.source import load_config, load_tokenizer
+
+EvaluationBatch = TextBatch | ChoiceBatch
+
+# Lists, not tuples, so that `--data.languages+=fr` adds to the default; they are never changed.
+STUDY_DOMAINS = ["medical", "legal", "math", "cs", "humanities"]
+ENGLISH = ["en"]
+SCORINGS: list[Scoring] = ["letter", "cloze"]
+
+
+class MMLUDataModule(LightningDataModule):
+    """Multiple-choice questions and prose by domain and language.
+
+    Few-shot examples come from dev. `fit` and `validate` read val: to calibrate on, and to measure
+    on. `test` reads test and has nothing to calibrate on. Texts to measure on are the same in all
+    stages and are never calibrated on.
+
+    Args:
+        source: Model whose tokenizer and context length are used: hub id, local folder, GGUF file
+            or alias.
+        questions: `bank` (bundled), a directory of MMLU's CSV files or of dev.jsonl, val.jsonl and
+            test.jsonl, a .jsonl file, or a dataset on the hub such as cais/mmlu.
+        domains: Domains to use: medical, legal, math, cs, humanities, mmlu_stem, mmlu_humanities,
+            mmlu_social_sciences, mmlu_other, all, a row of `extra_domains`, or a subject.
+        languages: ISO 639-1 codes of the languages to use.
+        extra_domains: Further domains, each a list of subjects.
+        num_shots: Answered examples before each question; at least 0.
+        scorings: How questions are scored: letter (name the letter) and cloze (most likely text).
+        calibration_text: Prose to calibrate on beside the questions: `bank`, a .txt file, a .jsonl
+            file with `text`, or null for none.
+        eval_text: Prose to measure perplexity on: `bank`, a .txt file, a .jsonl file with `text`,
+            or null for none.
+        block_size: Tokens in a block of text; at least 2, at most the model's context.
+        num_calibration_tokens: Tokens to calibrate on; at least `block_size`.
+        num_prompts: Prompts per domain and language for layer similarity; at least 1.
+        batch_size: Blocks in a training batch; at least 1.
+        eval_tokens: Bound on the tokens in an evaluation batch, few-shot examples not counted; at
+            least 1.
+        max_questions: Questions per subject and language, the first ones; null for all.
+        seed: Seed of the samples and of the training order; at least 0.
+        num_workers: Worker processes of each loader. 0 is best, since batches are made beforehand.
+    """
+
+    def __init__(
+        self,
+        source: str = "smollm2-135m",
+        questions: str = "bank",
+        domains: list[str] = STUDY_DOMAINS,
+        languages: list[str] = ENGLISH,
+        extra_domains: dict[str, list[str]] | None = None,
+        num_shots: int = 5,
+        scorings: list[Scoring] = SCORINGS,
+        calibration_text: str | None = "bank",
+        eval_text: str | None = "bank",
+        block_size: int = 256,
+        num_calibration_tokens: int = 16_384,
+        num_prompts: int = 40,
+        batch_size: int = 4,
+        eval_tokens: int = 2048,
+        max_questions: int | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_at_least(0, num_shots=num_shots, seed=seed, num_workers=num_workers)
+        _check_at_least(1, num_prompts=num_prompts, batch_size=batch_size, eval_tokens=eval_tokens)
+        _check_at_least(1, max_questions=1 if max_questions is None else max_questions)
+        _check_at_least(2, block_size=block_size)
+        _check_at_least(block_size, num_calibration_tokens=num_calibration_tokens)
+        if not scorings and eval_text is None:
+            raise ValueError("`scorings` must not be empty without `eval_text`; give one of them.")
+        self.source = source
+        self.question_source = questions
+        self.domains = domains
+        self.languages = languages
+        self.extra_domains = extra_domains
+        self.num_shots = num_shots
+        self.scorings = scorings
+        self.calibration_text = calibration_text
+        self.eval_text = eval_text
+        self.block_size = block_size
+        self.num_calibration_tokens = num_calibration_tokens
+        self.num_prompts = num_prompts
+        self.batch_size = batch_size
+        self.eval_tokens = eval_tokens
+        self.max_questions = max_questions
+        self.seed = seed
+        self.num_workers = num_workers
+        self._data: StageData | None = None
+        self._blocks_NT: Tensor | None = None
+
+    def setup(self, stage: str) -> None:
+        """Read, check and encode all that a stage needs; a repeated call does nothing.
+
+        Raises:
+            ValueError: One line on whatever is wrong with the questions, the texts or an option.
+        """
+        if self._data is not None and self._data.stage == stage:
+            return
+        self._data = self._blocks_NT = None
+        data = read_stage(
+            stage,
+            questions=self.question_source,
+            domains=self.domains,
+            extra_domains=self.extra_domains,
+            languages=self.languages,
+            num_shots=self.num_shots,
+            max_questions=self.max_questions,
+            calibration_text=self.calibration_text,
+            eval_text=self.eval_text,
+        )
+        max_length = context_length(load_config(self.source))
+        if self.block_size > max_length:
+            raise ValueError(
+                f"`block_size` must be at most the {max_length} tokens that the model can see, got "
+                f"{self.block_size}; lower it."
+            )
+        self._tokenizer = load_tokenizer(self.source)
+        self._batches = self._evaluation_batches(data, max_length)
+        self._data = data
+        if stage == "fit":
+            self.calibration_blocks()
+
+    @property
+    def questions(self) -> list[Question]:
+        """Questions of the stage's split; `ChoiceBatch.index_B` points into this list."""
+        return self._require().questions
+
+    @property
+    def domain_subjects(self) -> dict[str, tuple[str, ...]]:
+        """Domain -> those of its subjects that the questions cover."""
+        return self._require().domain_subjects
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Fingerprint of each split and text in use: `dev`, `val`, `calibration/en`, `eval/en`."""
+        return self._require().fingerprints()
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Tokenizer of the source."""
+        self._require()
+        return self._tokenizer
+
+    @property
+    def fast_validation(self) -> bool:
+        """Whether validation serves texts alone, as it does between the epochs of a fit."""
+        data = self._require()
+        return data.stage == "fit" and bool(data.eval_texts)
+
+    @property
+    def text_bytes(self) -> dict[str, int]:
+        """UTF-8 bytes of each text that is measured on."""
+        return {name: len(text.encode()) for name, text in self._require().eval_texts.items()}
+
+    @property
+    def text_tokens(self) -> dict[str, int]:
+        """Predicted tokens of each text that is measured on: all but the very first."""
+        counts = dict.fromkeys(self._require().eval_texts, 0)
+        for batch in self._batches:
+            if isinstance(batch, TextBatch):
+                counts[batch.name] += int((batch.target_BT != IGNORE).sum())
+        return counts
+
+    def calibration_prompts(self) -> dict[tuple[str, str], list[Tensor]]:
+        """Return zero-shot letter prompts (T,) of each (domain, language), from val."""
+        data = self._require("fit", "validate")
+        return sample_prompts(
+            data.questions,
+            data.domain_subjects,
+            self._tokenizer,
+            num_prompts=self.num_prompts,
+            seed=self.seed,
+        )
+
+    def calibration_blocks(self) -> Tensor:
+        """Return blocks (N, T) of val questions with their answers and of calibration prose."""
+        data = self._require("fit", "validate")
+        if self._blocks_NT is None:
+            self._blocks_NT = mix_blocks(
+                calibration_streams(
+                    data.questions, data.domain_subjects, data.calibration_texts, self._tokenizer
+                ),
+                block_size=self.block_size,
+                num_blocks=self.num_calibration_tokens // self.block_size,
+                seed=self.seed,
+            )
+        return self._blocks_NT
+
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Serve the calibration blocks in an order that `seed` decides."""
+        return DataLoader(
+            BlockDataset(self.calibration_blocks()),
+            batch_size=self.batch_size,
+            shuffle=True,
+            generator=torch.Generator().manual_seed(self.seed),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def val_dataloader(self) -> DataLoader[EvaluationBatch]:
+        """Serve texts, then val questions for each scoring; in `fit` texts alone, if any."""
+        self._require("fit", "validate")
+        return self._evaluation_loader()
+
+    def test_dataloader(self) -> DataLoader[EvaluationBatch]:
+        """Serve texts, then test questions for each scoring."""
+        self._require("test")
+        return self._evaluation_loader()
+
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        if isinstance(batch, ChoiceBatch | TextBatch):
+            return to_device(batch, device)
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def _require(self, *stages: str) -> StageData:
+        if self._data is None:
+            raise ValueError("the data module has read nothing yet; call setup(stage) first.")
+        if stages and self._data.stage not in stages:
+            raise ValueError(
+                f"this belongs to stage {' or '.join(stages)}, got stage {self._data.stage!r}, "
+                "which must not see that split; call setup with the other stage first."
+            )
+        return self._data
+
+    def _evaluation_batches(self, data: StageData, max_length: int) -> list[EvaluationBatch]:
+        batches: list[EvaluationBatch] = []
+        for name, text in data.eval_texts.items():
+            batches += text_batches(
+                name,
+                text,
+                self._tokenizer,
+                block_size=self.block_size,
+                stride=self.block_size,
+                batch_size=max(1, self.eval_tokens // self.block_size),
+            )
+        if data.stage == "fit" and batches:
+            return batches
+        for scoring in dict.fromkeys(self.scorings):
+            batches += build_choice_batches(
+                data.questions,
+                data.examples,
+                self._tokenizer,
+                scoring=scoring,
+                num_shots=self.num_shots,
+                max_tokens_per_batch=self.eval_tokens,
+                max_length=max_length,
+            )
+        return batches
+
+    def _evaluation_loader(self) -> DataLoader[EvaluationBatch]:
+        # Batches are made beforehand, so that they are the same whatever the number of processes:
+        # a distributed sampler hands out whole batches.
+        return DataLoader(
+            cast(Dataset[EvaluationBatch], self._batches),
+            batch_size=None,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+
+def _check_at_least(minimum: int, **options: int) -> None:
+    for name, value in options.items():
+        if value < minimum:
+            raise ValueError(f"`{name}` must be at least {minimum}, got {value}; raise it.")

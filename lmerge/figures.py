@@ -1,0 +1,70 @@
+"""Figures of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lmerge.plan import MergePlan
+
+matplotlib.use("Agg")
+
+
+def similarity_figure(matrices: Mapping[str, Tensor], measure: str, plan: MergePlan) -> Figure:
+    """Return heatmaps of layer similarity on one colour scale, the plan's groups framed."""
+    columns = min(3, len(matrices))
+    rows = -(-len(matrices) // columns)
+    figure = Figure(figsize=(4 * columns + 1, 3.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    low = min(float(m.min()) for m in matrices.values())
+    high = max(float(m.max()) for m in matrices.values())
+    for axis, (name, matrix_LL) in zip(axes, matrices.items(), strict=False):
+        image = axis.imshow(matrix_LL.numpy(), vmin=low, vmax=high, cmap="viridis", origin="lower")
+        axis.set(title=name, xlabel="layer", ylabel="layer")
+        for group in plan.groups:
+            edge, width = group.start - 0.5, len(group.members)
+            axis.add_patch(
+                matplotlib.patches.Rectangle(
+                    (edge, edge), width, width, fill=False, edgecolor="red", linewidth=1.5
+                )
+            )
+    for axis in axes[len(matrices) :]:
+        axis.remove()
+    figure.colorbar(image, ax=list(axes[: len(matrices)]), label=f"{measure} similarity")
+    return figure
+
+
+def matching_figure(before: Mapping[int, Tensor], after: Mapping[int, Tensor]) -> Figure:
+    """Return, for each aligned layer, how alike matched neurons are before and after."""
+    figure = Figure(figsize=(max(4.0, 1.2 * len(before) + 2), 3.6), layout="constrained")
+    axis = figure.subplots()
+    places = list(range(len(before)))
+    for shift, (label, values) in zip(
+        (-0.18, 0.18), {"before": before, "after": after}.items(), strict=True
+    ):
+        parts = [v.cpu().numpy() for v in values.values()]
+        boxes = axis.boxplot(
+            parts,
+            positions=[p + shift for p in places],
+            widths=0.3,
+            showfliers=False,
+            patch_artist=True,
+        )
+        colour = {"before": "lightgrey", "after": "steelblue"}[label]
+        for box in boxes["boxes"]:
+            box.set(facecolor=colour)
+        boxes["boxes"][0].set_label(label)
+    axis.set_xticks(places, [str(layer) for layer in before])
+    axis.set(xlabel="source layer", ylabel="similarity to the anchor's neuron")
+    axis.legend()
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG; its folder is made where missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,139 @@
+"""Merging: the weights of a group's members and their alphas -> the weights of one layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmerge.llama import ALPHA_AXIS, COMPANION, FOLDS_INTO, MATRICES, LayerTensors
+
+SMALLEST_GAMMA = 1e-3
+"""Anchor norm weights below this share of the largest are not divided by, see `reference_norms`."""
+
+
+def reference_norms(anchor: LayerTensors) -> LayerTensors:
+    """Return the norm weights that a group's merged layer will have.
+
+    They are the anchor's, so that the anchor itself is not touched by folding, except where a
+    weight is so close to zero that dividing by it would lose the others' weights: there it is 1.
+    """
+    norms = {}
+    for name in FOLDS_INTO:
+        gamma_D = anchor[name].float()
+        keep_D = gamma_D.abs() >= SMALLEST_GAMMA * gamma_D.abs().max()
+        norms[name] = torch.where(keep_D, gamma_D, 1.0).to(anchor[name].dtype)
+    return norms
+
+
+def fold_norms(layer: LayerTensors, norms: LayerTensors) -> LayerTensors:
+    """Return the layer with other norm weights and the same function.
+
+    RMSNorm(x) * gamma feeds q, k, v or gate, up; gamma moves into those matrices:
+    W diag(gamma) = (W diag(gamma / gamma')) diag(gamma'). Members of a group must share their
+    norms before their matrices can be averaged (docs/method.md, symmetry 6).
+
+    Args:
+        layer: The layer to express in other norms.
+        norms: The wanted norm weights (D,), none of them zero.
+    """
+    folded = dict(layer)
+    for norm, matrices in FOLDS_INTO.items():
+        ratio_D = layer[norm].float() / norms[norm].float()
+        folded[norm] = norms[norm]
+        if bool((ratio_D == 1).all()):
+            continue
+        for name in matrices:
+            folded[name] = (layer[name].float() * ratio_D).to(layer[name].dtype)
+    return folded
+
+
+def expand_alpha(alpha: Tensor, num_slots: int) -> Tensor:
+    """Return alphas (G,) or (G, num_slots) from alphas (G,) or (G, S), S dividing num_slots.
+
+    A head's alpha is repeated over the rows of the head.
+    """
+    if alpha.ndim == 1 or alpha.shape[1] == num_slots:
+        return alpha
+    return alpha.repeat_interleave(num_slots // alpha.shape[1], dim=1)
+
+
+class _Blend(torch.autograd.Function):
+    """Sum of weights times alphas, accumulated in float32, that saves no float32 copies."""
+
+    @staticmethod
+    def forward(ctx: Any, alpha: Tensor, weight_GOI: Tensor, axis: int) -> Tensor:
+        ctx.save_for_backward(alpha, weight_GOI)
+        ctx.axis = axis
+        total_OI = torch.zeros_like(weight_GOI[0], dtype=_accumulator(weight_GOI))
+        for alpha_m, weight_OI in zip(alpha, weight_GOI, strict=True):
+            total_OI.addcmul_(weight_OI.to(total_OI.dtype), _beside(alpha_m, axis))
+        return total_OI.to(weight_GOI.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        alpha, weight_GOI = ctx.saved_tensors
+        grad_OI = grads[0].to(_accumulator(weight_GOI))
+        equation = {0: "oi,oi->o", 1: "oi,oi->i"}[ctx.axis]
+        grad = torch.stack(
+            [torch.einsum(equation, grad_OI, w_OI.to(grad_OI.dtype)) for w_OI in weight_GOI]
+        )
+        if alpha.ndim == 1:
+            grad = grad.sum(dim=1)
+        return grad.to(alpha.dtype), None, None
+
+
+def _accumulator(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _beside(alpha_m: Tensor, axis: int) -> Tensor:
+    """Shape one member's alpha so that it broadcasts over its matrix."""
+    if alpha_m.ndim == 0:
+        return alpha_m
+    return alpha_m[:, None] if axis == 0 else alpha_m[None, :]
+
+
+def blend(weight_GOI: Tensor, alpha: Tensor, axis: int) -> Tensor:
+    """Return the alpha-weighted sum of one matrix over its group.
+
+    Args:
+        weight_GOI: The matrix of each member, in one frame (folded and aligned).
+        alpha: (G,) one share a member, or (G, O) for `axis` 0, (G, I) for `axis` 1.
+        axis: The axis along which alphas of a finer grain run.
+
+    Returns:
+        (O, I) in the weights' dtype, accumulated in float32 (float64 for float64 weights).
+    """
+    blended: Tensor = _Blend.apply(
+        expand_alpha(alpha, weight_GOI.shape[1 + axis]), weight_GOI, axis
+    )
+    return blended
+
+
+def merge_group(stacked: LayerTensors, alphas: dict[str, Tensor], anchor: int) -> LayerTensors:
+    """Return the tensors of the layer that a group becomes.
+
+    Args:
+        stacked: Each tensor of the members stacked along G, folded to one norm and aligned.
+        alphas: For each of the seven matrices, its alphas (G,), (G, heads) or (G, slots).
+        anchor: Position of the anchor, whose norm weights the members share.
+    """
+    merged = {name: blend(stacked[name], alphas[name], ALPHA_AXIS[name]) for name in MATRICES}
+    for name, matrix in COMPANION.items():
+        if name in stacked:
+            merged[name] = _blend_vector(stacked[name], alphas[matrix], ALPHA_AXIS[matrix])
+    return {**merged, **{norm: stacked[norm][anchor] for norm in FOLDS_INTO}}
+
+
+def _blend_vector(vector_GO: Tensor, alpha: Tensor, axis: int) -> Tensor:
+    """Merge biases and head norms with their matrix: by row where alphas run along rows."""
+    num_slots = vector_GO.shape[1]
+    by_row = alpha.ndim == 2 and axis == 0 and num_slots % alpha.shape[1] == 0
+    share = expand_alpha(alpha, num_slots) if by_row else _mean_share(alpha)[:, None]
+    return (share * vector_GO.float()).sum(dim=0).to(vector_GO.dtype)
+
+
+def _mean_share(alpha: Tensor) -> Tensor:
+    return alpha if alpha.ndim == 1 else alpha.mean(dim=1)

@@ -1,0 +1,225 @@
+"""The merged model: a shorter Llama whose merged layers are formed from frozen weights by alphas.
+
+Only the alphas are trainable. Layers outside every group share their memory with the source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from lmerge.align import Orders, reorder_neurons
+from lmerge.alphas import AlphaConfig, Alphas, start_alphas, to_free, to_shares
+from lmerge.llama import (
+    MATRICES,
+    LayerTensors,
+    by_path,
+    decoder_layers,
+    head_dim,
+    layer_tensors,
+    num_layers,
+    stack_layers,
+    with_layer_index,
+    with_layers,
+    with_tensors,
+)
+from lmerge.merge import fold_norms, merge_group, reference_norms
+from lmerge.plan import Group, MergePlan
+
+
+def members_in_one_frame(
+    layers: Sequence[LayerTensors], orders: Sequence[Tensor | None], anchor: int
+) -> list[LayerTensors]:
+    """Return a group's members with the anchor's norms and their neurons in the given orders."""
+    norms = reference_norms(layers[anchor])
+    folded = [fold_norms(layer, norms) for layer in layers]
+    return [
+        layer if order_F is None else reorder_neurons(layer, order_F.to(layer["gate_proj"].device))
+        for layer, order_F in zip(folded, orders, strict=True)
+    ]
+
+
+class MergedLayer(nn.Module):
+    """A decoder layer whose weights are the alpha-weighted sum of its group's members.
+
+    Args:
+        template: The anchor's decoder layer; its code runs, with other weights.
+        stacked: The members' tensors stacked along G, in one frame.
+        anchor: Position of the anchor among the members.
+        free: Unconstrained parameters of the alphas.
+        simplex: Whether the alphas are a softmax of them.
+    """
+
+    def __init__(
+        self,
+        template: nn.Module,
+        stacked: LayerTensors,
+        anchor: int,
+        free: Alphas,
+        *,
+        simplex: bool,
+    ) -> None:
+        super().__init__()
+        self.template = template
+        self.anchor = anchor
+        self.simplex = simplex
+        self.names = tuple(stacked)
+        for name, tensor in stacked.items():
+            self.register_buffer(f"stacked_{_key(name)}", tensor, persistent=False)
+        self.free = nn.ParameterDict({name: nn.Parameter(p) for name, p in free.items()})
+        self.refits: dict[str, Tensor] = {}
+        self._fixed: tuple[tuple[int, ...], LayerTensors] | None = None
+
+    def stacked(self) -> LayerTensors:
+        """Return the members' tensors, stacked along G."""
+        return {name: self.get_buffer(f"stacked_{_key(name)}") for name in self.names}
+
+    def shares(self) -> Alphas:
+        """Return the alphas at their own granularity."""
+        return to_shares(dict(self.free.items()), simplex=self.simplex)
+
+    def alphas(self) -> Alphas:
+        """Return the alphas of the seven matrices."""
+        shares = self.shares()
+        return dict.fromkeys(MATRICES, shares["layer"]) if "layer" in shares else shares
+
+    def tensors(self) -> LayerTensors:
+        """Return the merged layer's tensors; they are formed once while no gradient is needed."""
+        if torch.is_grad_enabled():
+            return self._form()
+        version = tuple(p._version for p in self.free.values())
+        if self._fixed is None or self._fixed[0] != version:
+            self._fixed = (version, self._form())
+        return self._fixed[1]
+
+    def refit(self, name: str, weight: Tensor) -> None:
+        """Put a refitted matrix in the place of the merged one (repair)."""
+        self.refits[name] = weight
+        self._fixed = None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(
+            self.template, by_path(self.tensors()), (hidden_states, *args), kwargs
+        )
+
+    def _form(self) -> LayerTensors:
+        merged = merge_group(self.stacked(), self.alphas(), self.anchor)
+        refits = {name: w.to(merged[name]) for name, w in self.refits.items()}
+        return {**merged, **refits}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MergedLayer:
+        self._fixed = None  # it lives on the old device
+        super()._apply(fn, recurse)
+        return self
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "_")
+
+
+class MergedLlama(nn.Module):
+    """The partially merged model; only its alphas have gradients.
+
+    Args:
+        source: The source model; frozen here.
+        plan: Groups of source layers that become one.
+        orders: Neuron orders by source layer, from the alignment; missing ones are left as is.
+        config: What the alphas can express and where they start.
+    """
+
+    def __init__(
+        self, source: PreTrainedModel, plan: MergePlan, orders: Orders, config: AlphaConfig
+    ) -> None:
+        super().__init__()
+        assert plan.num_layers == num_layers(source)
+        source.requires_grad_(False)
+        self.plan = plan
+        groups = {group.anchor: group for group in plan.groups}
+        layers = []
+        for index, origin in enumerate(plan.origins()):
+            layer = with_layer_index(decoder_layers(source)[origin], index)
+            if origin in groups:
+                layer = _merged_layer(source, layer, groups[origin], orders, config)
+            layers.append(layer)
+        self.causal_lm = with_layers(source, layers, plan.origins())
+
+    def merged_layers(self) -> list[MergedLayer]:
+        """Return the merged layers in the order of the plan's groups."""
+        return [m for m in decoder_layers(self.causal_lm) if isinstance(m, MergedLayer)]
+
+    def alpha_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the trainable parameters by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def alphas(self) -> list[Alphas]:
+        """Return a copy of the alphas of each group, on the CPU, at their own granularity."""
+        return [
+            {name: alpha.detach().cpu().clone() for name, alpha in layer.shares().items()}
+            for layer in self.merged_layers()
+        ]
+
+    @torch.no_grad()
+    def set_alphas(self, alphas: Sequence[Alphas]) -> None:
+        """Set the alphas of each group, of any granularity that has the parameters' shapes.
+
+        Raises:
+            ValueError: When names or shapes differ from the configured granularity.
+        """
+        for layer, group in zip(self.merged_layers(), alphas, strict=True):
+            free = to_free(group, simplex=layer.simplex)
+            shapes = {name: tuple(p.shape) for name, p in layer.free.items()}
+            if shapes != {name: tuple(p.shape) for name, p in free.items()}:
+                raise ValueError(
+                    "the saved alphas do not have the shapes that `alpha.granularity` asks for. "
+                    "Set it to the value of the run that saved them (see its config.yaml)."
+                )
+            for name, parameter in layer.free.items():
+                parameter.copy_(free[name])
+
+    def refits(self) -> list[dict[str, Tensor]]:
+        """Return the refitted matrices of each group."""
+        return [dict(layer.refits) for layer in self.merged_layers()]
+
+    def set_refits(self, refits: Sequence[dict[str, Tensor]]) -> None:
+        """Put refitted matrices in the place of the merged ones."""
+        for layer, group in zip(self.merged_layers(), refits, strict=True):
+            for name, weight in group.items():
+                layer.refit(name, weight)
+
+    @property
+    def first_merged(self) -> int:
+        """Index of the first merged layer; everything below it is the source's own."""
+        return self.plan.groups[0].start if self.plan.groups else self.plan.num_layers
+
+    @torch.no_grad()
+    def plain(self) -> PreTrainedModel:
+        """Return the merged model as a plain model of the source's class, without any alphas."""
+        layers = []
+        for layer in decoder_layers(self.causal_lm):
+            layers.append(_plain_layer(layer) if isinstance(layer, MergedLayer) else layer)
+        return with_layers(self.causal_lm, layers, range(len(layers)))
+
+
+def _merged_layer(
+    source: PreTrainedModel, template: nn.Module, group: Group, orders: Orders, config: AlphaConfig
+) -> MergedLayer:
+    members = members_in_one_frame(
+        [layer_tensors(decoder_layers(source)[i]) for i in group.members],
+        [orders.get(i) for i in group.members],
+        group.anchor_position,
+    )
+    stacked = stack_layers(members)
+    alphas = start_alphas(config, stacked, group.anchor_position, head_dim=head_dim(source.config))
+    device = stacked["q_proj"].device
+    free = {n: a.to(device) for n, a in to_free(alphas, simplex=config.simplex).items()}
+    return MergedLayer(template, stacked, group.anchor_position, free, simplex=config.simplex)
+
+
+def _plain_layer(layer: MergedLayer) -> nn.Module:
+    """Return a decoder layer of the architecture's own class that holds the merged weights."""
+    return with_tensors(layer.template, layer.tensors())
