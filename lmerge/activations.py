@@ -42,8 +42,12 @@ def layer_states(
     Raises:
         ValueError: When there is no prompt, or an empty one.
     """
-    if not prompts or min(map(len, prompts)) == 0:
-        raise ValueError("`prompts` must hold at least one prompt and no empty one.")
+    empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
+    if not prompts or empty:
+        raise ValueError(
+            "`prompts` must hold at least one prompt and no empty one, got "
+            f"{f'an empty one at place {empty[0]}' if empty else 'none'}. Use more questions."
+        )
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     batches = _batch_by_length(order, [len(p) for p in prompts], tokens_per_batch)
     pooled = [

@@ -43,13 +43,14 @@ def neuron_similarity(anchor: LayerTensors, member: LayerTensors) -> Tensor:
     """
 
     def cosine(name: str) -> Tensor:
-        a_FX, b_FX = (
-            normalize(layer[name].float().movedim(NEURON_AXIS[name], 0), dim=1)
-            for layer in (anchor, member)
-        )
-        return a_FX @ b_FX.T
+        return _unit_neurons(anchor, name) @ _unit_neurons(member, name).T
 
     return cosine("gate_proj") + cosine("up_proj") * cosine("down_proj")
+
+
+def _unit_neurons(layer: LayerTensors, name: str) -> Tensor:
+    """Return each neuron's row or column of a matrix as a row of length 1, (F, D) float32."""
+    return normalize(layer[name].float().movedim(NEURON_AXIS[name], 0), dim=1)
 
 
 def match_neurons(anchor: LayerTensors, member: LayerTensors) -> Tensor:
@@ -88,4 +89,8 @@ def align_group(group: Group, layers: dict[int, LayerTensors], aligner: Aligner)
 def matched_similarity(anchor: LayerTensors, member: LayerTensors, order_F: Tensor) -> Tensor:
     """Return the similarity of each anchor neuron to the member's neuron in its slot, (F,)."""
     aligned = reorder_neurons(member, order_F.to(member["gate_proj"].device))
-    return neuron_similarity(anchor, aligned).diagonal()
+
+    def cosine(name: str) -> Tensor:
+        return (_unit_neurons(anchor, name) * _unit_neurons(aligned, name)).sum(dim=1)
+
+    return cosine("gate_proj") + cosine("up_proj") * cosine("down_proj")

@@ -48,7 +48,8 @@ STARTS: dict[Start, Callable[[int, int], Tensor]] = {
 }
 
 SIMPLEX_FLOOR = 1e-3
-"""Smallest share on the simplex at the start: a softmax does not reach 0."""
+"""Smallest share on the simplex at the start, before the shares are made to sum to 1: a softmax
+does not reach 0, and near it nothing is learned."""
 
 
 def start_alphas(
@@ -66,6 +67,9 @@ def start_alphas(
         The key `layer` alone for granularity `layer`, else one entry for each matrix.
     """
     share_G = STARTS[config.start](len(stacked["q_proj"]), anchor)
+    if config.simplex:
+        share_G = share_G.clamp_min(SIMPLEX_FLOOR)
+        share_G = share_G / share_G.sum()
     if config.granularity == "layer":
         return {"layer": share_G}
     return {
@@ -100,7 +104,8 @@ def to_free(alphas: Alphas, *, simplex: bool) -> Alphas:
                 f"alphas on the simplex must be at least 0 and sum to 1 over a group, but those of "
                 f"`{name}` do not. Set `simplex` to false for free alphas."
             )
-    return {name: alpha.clamp_min(SIMPLEX_FLOOR).log() for name, alpha in alphas.items()}
+    smallest = torch.finfo(torch.float32).tiny
+    return {name: alpha.clamp_min(smallest).log() for name, alpha in alphas.items()}
 
 
 def to_shares(free: Alphas, *, simplex: bool) -> Alphas:

@@ -94,7 +94,8 @@ class Repair(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = _module(pl_module)
         if trainer.is_global_zero:
-            refit_groups(module.source, module.merged, module.cache().prefix_BTD, self.config)
+            states_BTD, held_B = module.cache().prefix_BTD, module.data().held_out()
+            refit_groups(module.source, module.merged, states_BTD, held_B, self.config)
         module.merged.set_refits(trainer.strategy.broadcast(module.merged.refits()))
 
 

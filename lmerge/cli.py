@@ -9,10 +9,13 @@ import re
 import shutil
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from jsonargparse import set_parsing_settings
+from jsonargparse import ActionConfigFile, set_parsing_settings  # type: ignore[attr-defined]
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -143,10 +146,13 @@ class CLI(LightningCLI):
     def _loggers(self, run_dir: Path) -> list[Logger]:
         loggers: list[Logger] = []
         if self.subcommand == "fit":
-            loggers.append(CSVLogger(run_dir, name="", version="logs"))
+            # A resumed fit keeps the log of what came before: logs, logs-2, ...
+            names = ["logs", *(f"logs-{i}" for i in range(2, 1000))]
+            overwrite = not self._get(self.config, "ckpt_path")
+            free = next(n for n in names if overwrite or not (run_dir / n).exists())
+            loggers.append(CSVLogger(run_dir, name="", version=free))
         mode: WandbMode = self._get(self.config_init, "wandb")
         if mode != "disabled" and os.environ.get("WANDB_MODE") != "disabled":
-            run_dir.mkdir(parents=True, exist_ok=True)
             offline = mode == "offline" and "WANDB_SWEEP_ID" not in os.environ
             name = f"{run_dir.name}-{self.subcommand}"
             loggers.append(WandbLogger(name, run_dir, offline=offline, project="lmerge"))
@@ -162,14 +168,13 @@ class CLI(LightningCLI):
             prepare_run_dir(run_dir, overwrite=self._get(self.config, "overwrite"))
 
     def after_instantiate_classes(self) -> None:
-        """Check data and model settings."""
+        """Check data and model; only then the run folder is made, or emptied to be replaced."""
+        ckpt_path = self._get(self.config, "ckpt_path")
         self.datamodule.setup(self.subcommand)
-        self.model.check()
-
-    def before_fit(self) -> None:
-        """Remove the run that is to be replaced, now that everything was checked."""
-        if not self._get(self.config, "ckpt_path"):
+        self.model.check(self.subcommand, ckpt_path)
+        if self.subcommand == "fit" and not ckpt_path:
             remove_run(self.model.run_dir)
+        self.model.run_dir.mkdir(parents=True, exist_ok=True)
 
     def after_fit(self) -> None:
         """Evaluate source and merged model."""
@@ -211,16 +216,54 @@ def _quiet() -> None:
     """Keep to what a user can act on."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("lmerge").setLevel(logging.INFO)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*recommended to use `devices=1`.*")  # repeats are dropped
+    warnings.filterwarnings(
+        "ignore", ".*heckpoint directory .* exists and is not empty.*"
+    )  # resumed
+    warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # as it must be
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     warnings.filterwarnings("ignore", ".*jsonargparse.*")
+
+
+COMMANDS: dict[str, tuple[str, str]] = {}
+"""Commands beside fit, validate and test: name -> (module, function), imported when called.
+
+The function's signature gives the options and its docstring their help.
+"""
 
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; a user's mistake ends in one line and exit code 2."""
     _quiet()
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    args = sys.argv[1:] if args is None else args
     try:
+        if args and args[0] in COMMANDS:
+            _run_command(args[0], args[1:])
+        else:
+            _run_lightning(args)
+    except ValueError as error:
+        if os.environ.get("LMERGE_TRACEBACK"):
+            raise
+        sys.stderr.write(f"lmerge: error: {' '.join(str(error).split())}\n")
+        sys.exit(2)
+
+
+def _run_command(name: str, args: list[str]) -> None:
+    module, function = COMMANDS[name]
+    command = getattr(import_module(module), function)
+    parser = Parser(prog=f"lmerge {name}", description=command.__doc__.partition("\n")[0])
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options.")
+    parser.add_function_arguments(command, as_positional=True, fail_untyped=True)
+    options = parser.instantiate_classes(parser.parse_args(args))
+    command(**{key: value for key, value in options.items() if key != "config"})
+
+
+def _run_lightning(args: list[str]) -> None:
+    with _argv(args):
         CLI(
             AlphaModule,
             MMLUDataModule,
@@ -228,10 +271,14 @@ def main(args: list[str] | None = None) -> None:
             parser_class=Parser,
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            args=args,
         )
-    except ValueError as error:
-        if os.environ.get("LMERGE_TRACEBACK"):
-            raise
-        sys.stderr.write(f"lmerge: error: {' '.join(str(error).split())}\n")
-        sys.exit(2)
+
+
+@contextmanager
+def _argv(args: list[str]) -> Iterator[None]:
+    """Let LightningCLI, and the processes that a strategy starts, read the arguments from argv."""
+    before, sys.argv = sys.argv, [sys.argv[0], *args]
+    try:
+        yield
+    finally:
+        sys.argv = before

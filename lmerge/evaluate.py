@@ -31,14 +31,14 @@ class Evaluation:
     """Metrics of both models over one evaluation loop, exact on any number of processes.
 
     Args:
-        text_bytes: UTF-8 bytes of each evaluation text by name, for bits per byte.
+        text_bytes: UTF-8 bytes of each evaluation text by name, for bits per byte; None if unknown.
         scorings: Ways of scoring choices; every process must name the same.
         device: Where the metrics gather over processes.
     """
 
     def __init__(
         self,
-        text_bytes: Mapping[str, int],
+        text_bytes: Mapping[str, int | None],
         scorings: Sequence[str] = (),
         *,
         device: torch.device | str = "cpu",
@@ -116,33 +116,42 @@ def _choice_results(
     questions: Sequence[Question],
     domain_subjects: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
-    domains = {s: domain for domain, subjects in domain_subjects.items() for s in subjects}
     asked = [questions[i] for i in both["source"].index_N.tolist()]
-    labels = {
-        "subject": [q.subject for q in asked],
-        "domain": [domains.get(q.subject, q.subject) for q in asked],
-        "language": [q.language for q in asked],
-    }
     source_N, merged_N = both["source"].correct_N, both["merged"].correct_N
     return {
-        **{model: _one_model(outcomes, labels) for model, outcomes in both.items()},
+        **{model: _one_model(both[model], asked, domain_subjects) for model in MODELS},
         "mcnemar": mcnemar_exact(source_N, merged_N)._asdict(),
+        # Merged minus source: negative where merging costs accuracy.
         "difference": paired_bootstrap(merged_N.double(), source_N.double(), seed=0)._asdict(),
     }
 
 
-def _one_model(outcomes: Outcomes, labels: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+def _one_model(
+    outcomes: Outcomes, asked: Sequence[Question], domain_subjects: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
     correct_N = outcomes.correct_N
+    subjects, languages = [q.subject for q in asked], [q.language for q in asked]
     return {
         "micro": _rate(micro_accuracy(correct_N)),
-        "macro": _rate(macro_accuracy(correct_N, labels["subject"])),
-        **{
-            f"by_{name}": {k: _rate(r) for k, r in accuracy_by(correct_N, groups).items()}
-            for name, groups in labels.items()
-        },
+        "macro": _rate(macro_accuracy(correct_N, subjects)),
+        "by_subject": {k: _rate(r) for k, r in accuracy_by(correct_N, subjects).items()},
+        "by_domain": _by_domain(correct_N, subjects, domain_subjects),
+        "by_language": {k: _rate(r) for k, r in accuracy_by(correct_N, languages).items()},
         "calibration_error": calibration_error(outcomes.probability_N4, outcomes.answer_N),
         "confusion": confusion(outcomes.answer_N, outcomes.chosen_N).tolist(),
     }
+
+
+def _by_domain(
+    correct_N: Tensor, subjects: Sequence[str], domain_subjects: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, float]]:
+    """Return the accuracy of each domain; a subject counts in every domain that has it."""
+    rates = {}
+    for domain, members in domain_subjects.items():
+        inside_N = torch.tensor([subject in members for subject in subjects])
+        if inside_N.any():
+            rates[domain] = _rate(micro_accuracy(correct_N[inside_N]))
+    return rates
 
 
 def _rate(rate: Rate) -> dict[str, float]:

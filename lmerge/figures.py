@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from lmerge.plan import MergePlan
-
-matplotlib.use("Agg")
 
 
 def similarity_figure(matrices: Mapping[str, Tensor], measure: str, plan: MergePlan) -> Figure:
@@ -28,9 +26,7 @@ def similarity_figure(matrices: Mapping[str, Tensor], measure: str, plan: MergeP
         for group in plan.groups:
             edge, width = group.start - 0.5, len(group.members)
             axis.add_patch(
-                matplotlib.patches.Rectangle(
-                    (edge, edge), width, width, fill=False, edgecolor="red", linewidth=1.5
-                )
+                Rectangle((edge, edge), width, width, fill=False, edgecolor="red", linewidth=1.5)
             )
     for axis in axes[len(matrices) :]:
         axis.remove()

@@ -110,9 +110,10 @@ def by_path(tensors: LayerTensors) -> dict[str, Tensor]:
 def shallow_copy(module: ModuleT) -> ModuleT:
     """Return a module that shares parameters and submodules with `module` but can swap them."""
     clone = copy.copy(module)
-    clone._modules = dict(module._modules)
-    clone._parameters = dict(module._parameters)
-    clone._buffers = dict(module._buffers)
+    # All dicts, the hooks' too: transformers hooks layers for good when asked for hidden states.
+    for name, value in vars(module).items():
+        if isinstance(value, dict):
+            vars(clone)[name] = value.copy()
     return clone
 
 

@@ -9,20 +9,25 @@ from torch import Tensor
 
 from lmerge.llama import ALPHA_AXIS, COMPANION, FOLDS_INTO, MATRICES, LayerTensors
 
-SMALLEST_GAMMA = 1e-3
+SMALLEST_GAMMA = 1e-6
 """Anchor norm weights below this share of the largest are not divided by, see `reference_norms`."""
+SMALLEST_GAMMA_FLOAT16 = 1e-3
+"""The same for float16, whose largest number is 65504."""
 
 
 def reference_norms(anchor: LayerTensors) -> LayerTensors:
     """Return the norm weights that a group's merged layer will have.
 
     They are the anchor's, so that the anchor itself is not touched by folding, except where a
-    weight is so close to zero that dividing by it would lose the others' weights: there it is 1.
+    weight is so close to zero that dividing the others' weights by it could overflow: there it is
+    1. Trained models do have norm weights of a ten-thousandth of the largest.
     """
     norms = {}
     for name in FOLDS_INTO:
         gamma_D = anchor[name].float()
-        keep_D = gamma_D.abs() >= SMALLEST_GAMMA * gamma_D.abs().max()
+        half = anchor[name].dtype == torch.float16
+        smallest = SMALLEST_GAMMA_FLOAT16 if half else SMALLEST_GAMMA
+        keep_D = gamma_D.abs() > smallest * gamma_D.abs().max()
         norms[name] = torch.where(keep_D, gamma_D, 1.0).to(anchor[name].dtype)
     return norms
 
@@ -123,17 +128,17 @@ def merge_group(stacked: LayerTensors, alphas: dict[str, Tensor], anchor: int) -
     merged = {name: blend(stacked[name], alphas[name], ALPHA_AXIS[name]) for name in MATRICES}
     for name, matrix in COMPANION.items():
         if name in stacked:
-            merged[name] = _blend_vector(stacked[name], alphas[matrix], ALPHA_AXIS[matrix])
+            by_row = name.endswith(".bias") and ALPHA_AXIS[matrix] == 0
+            merged[name] = _blend_vector(stacked[name], alphas[matrix], by_row=by_row)
     return {**merged, **{norm: stacked[norm][anchor] for norm in FOLDS_INTO}}
 
 
-def _blend_vector(vector_GO: Tensor, alpha: Tensor, axis: int) -> Tensor:
-    """Merge biases and head norms with their matrix: by row where alphas run along rows."""
-    num_slots = vector_GO.shape[1]
-    by_row = alpha.ndim == 2 and axis == 0 and num_slots % alpha.shape[1] == 0
-    share = expand_alpha(alpha, num_slots) if by_row else _mean_share(alpha)[:, None]
+def _blend_vector(vector_GO: Tensor, alpha: Tensor, *, by_row: bool) -> Tensor:
+    """Merge a vector with the alphas of its matrix, or with their mean.
+
+    By row goes a bias whose matrix has alphas along its rows. A head norm is shared by all heads,
+    and the bias of o or down by all slots, so none of their alphas is theirs alone.
+    """
+    share = alpha if alpha.ndim == 1 or by_row else alpha.mean(dim=1)
+    share = share[:, None] if share.ndim == 1 else expand_alpha(share, vector_GO.shape[1])
     return (share * vector_GO.float()).sum(dim=0).to(vector_GO.dtype)
-
-
-def _mean_share(alpha: Tensor) -> Tensor:
-    return alpha if alpha.ndim == 1 else alpha.mean(dim=1)

@@ -73,7 +73,7 @@ class MergedLayer(nn.Module):
             self.register_buffer(f"stacked_{_key(name)}", tensor, persistent=False)
         self.free = nn.ParameterDict({name: nn.Parameter(p) for name, p in free.items()})
         self.refits: dict[str, Tensor] = {}
-        self._fixed: tuple[tuple[int, ...], LayerTensors] | None = None
+        self._fixed: tuple[Alphas, LayerTensors] | None = None
 
     def stacked(self) -> LayerTensors:
         """Return the members' tensors, stacked along G."""
@@ -92,9 +92,11 @@ class MergedLayer(nn.Module):
         """Return the merged layer's tensors; they are formed once while no gradient is needed."""
         if torch.is_grad_enabled():
             return self._form()
-        version = tuple(p._version for p in self.free.values())
-        if self._fixed is None or self._fixed[0] != version:
-            self._fixed = (version, self._form())
+        # By value: fused optimisers change parameters without a new version.
+        if self._fixed is None or not _all_equal(self._fixed[0], self.free):
+            # Tensors of inference mode could never be trained, and `plain` hands these out.
+            with torch.inference_mode(False), torch.no_grad():
+                self._fixed = ({n: p.clone() for n, p in self.free.items()}, self._form())
         return self._fixed[1]
 
     def refit(self, name: str, weight: Tensor) -> None:
@@ -120,6 +122,10 @@ class MergedLayer(nn.Module):
 
 def _key(name: str) -> str:
     return name.replace(".", "_")
+
+
+def _all_equal(old: Alphas, new: nn.ParameterDict) -> bool:
+    return all(torch.equal(alpha, new[name]) for name, alpha in old.items())
 
 
 class MergedLlama(nn.Module):
@@ -198,10 +204,14 @@ class MergedLlama(nn.Module):
 
     @torch.no_grad()
     def plain(self) -> PreTrainedModel:
-        """Return the merged model as a plain model of the source's class, without any alphas."""
-        layers = []
-        for layer in decoder_layers(self.causal_lm):
-            layers.append(_plain_layer(layer) if isinstance(layer, MergedLayer) else layer)
+        """Return the merged model as a plain model of the source's class, without any alphas.
+
+        Its weights share memory with this model and the source: copy it before changing them.
+        """
+        layers = [
+            _plain_layer(layer) if isinstance(layer, MergedLayer) else with_layer_index(layer, i)
+            for i, layer in enumerate(decoder_layers(self.causal_lm))
+        ]
         return with_layers(self.causal_lm, layers, range(len(layers)))
 
 

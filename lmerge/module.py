@@ -22,9 +22,16 @@ from lmerge.evaluate import Evaluation
 from lmerge.llama import lm_logits, num_layers, run_span, span
 from lmerge.merged import MergedLlama
 from lmerge.plan import MergePlan, PlanMethod, check_num_removed, check_plan, make_plan
-from lmerge.runs import RunState, read_plan, read_run
+from lmerge.runs import (
+    RunState,
+    checkpoint_state,
+    read_checkpoint,
+    read_plan,
+    read_run,
+    with_refits_of,
+)
 from lmerge.similarity import Measure, similarity_matrix
-from lmerge.source import Dtype, load_config, load_model, model_fingerprint
+from lmerge.source import Dtype, load_model, model_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -85,45 +92,65 @@ class AlphaModule(LightningModule):
         self.results: dict[str, Any] = {}
         self.similarity_LL: dict[str, Tensor] = {}
         self.state: RunState | None = None
+        self._ready = False
         self._cache: StateCache | None = None
         self._suffix: tuple[PreTrainedModel, ...] = ()
 
     # Preparation: source, plan, then (in the callback) orders.
 
-    def check(self) -> None:
-        """Raise ValueError for settings that do not fit the source, before weights are loaded."""
-        config = load_config(self.source_name)
-        if self.plan_path is None:
-            check_num_removed(self.num_removed, config.num_hidden_layers)
-        else:
-            check_plan(read_plan(self.plan_path), config.num_hidden_layers, "", self.plan_path)
+    def check(self, stage: str, ckpt_path: str | None) -> None:
+        """Load the source and what is saved of the merged model, and check that they fit.
+
+        Args:
+            stage: `fit`, `validate` or `test`.
+            ckpt_path: Checkpoint that the stage starts from.
+
+        Raises:
+            ValueError: One line on a bad source, plan or setting; nothing has been written then.
+        """
+        self.source = load_model(self.source_name, self.dtype_name)
+        depth, fingerprint = num_layers(self.source), model_fingerprint(self.source)
+        if stage == "fit" and not ckpt_path and self.plan_path is None:
+            check_num_removed(self.num_removed, depth)
+            return
+        self.state = self._saved_state(stage, ckpt_path)
+        check_plan(self.state.plan, depth, fingerprint, self.plan_path or self.run_dir)
+        self.state.plan = replace(self.state.plan, source=fingerprint)
+
+    def _saved_state(self, stage: str, ckpt_path: str | None) -> RunState:
+        if stage == "fit" and not ckpt_path:
+            assert self.plan_path is not None
+            return RunState(plan=read_plan(self.plan_path))
+        saved = (
+            read_checkpoint(Path(ckpt_path)) if ckpt_path and Path(ckpt_path).is_file() else None
+        )
+        if stage == "fit":
+            # Alphas come from the checkpoint; refits of an earlier end of training do not.
+            return saved or replace(read_run(self.run_dir), refits=None)
+        if saved is None:
+            return read_run(self.run_dir)
+        return with_refits_of(self.run_dir, saved)
 
     def prepare(self) -> RunState:
-        """Load the source and its plan, once; callbacks may call this before `setup`."""
-        if self.state is None:
-            self.source = load_model(self.source_name, self.dtype_name)
+        """Return plan, orders and alphas, made at the first call; callbacks may call it early."""
+        if not hasattr(self, "source"):
+            self.check(str(self.trainer.state.fn), cast("str | None", self.trainer.ckpt_path))
+        if self.state is None or not self._ready:
             cast(nn.Module, self.source).to(self.trainer.strategy.root_device)
-            self.state = self._load_state()
+            self.state = self.state or self._planned()
+            self._ready = True
         return self.state
 
     def setup(self, stage: str) -> None:
-        self.prepare()
+        state = self.prepare()
+        if stage == "fit" and not state.plan.groups:
+            self.trainer.limit_train_batches = 0  # nothing merges, so nothing is to be learned
 
-    def _load_state(self) -> RunState:
-        fingerprint, depth = model_fingerprint(self.source), num_layers(self.source)
-        resumed = self.trainer.ckpt_path
-        if resumed or self.trainer.state.fn != "fit":
-            state = read_run(self.run_dir)
-            check_plan(state.plan, depth, fingerprint, self.run_dir / "plan.json")
-            return state
-        if self.plan_path is not None:
-            plan = read_plan(self.plan_path)
-            check_plan(plan, depth, fingerprint, self.plan_path)
-            return RunState(plan=replace(plan, source=fingerprint))
-        made = self._make_plan(fingerprint) if self.trainer.is_global_zero else None
+    def _planned(self) -> RunState:
+        made = self._make_plan() if self.trainer.is_global_zero else None
         return RunState(plan=cast(MergePlan, self.trainer.strategy.broadcast(made)))
 
-    def _make_plan(self, fingerprint: str) -> MergePlan:
+    def _make_plan(self) -> MergePlan:
         data = self.data()
         states = {
             "/".join(key): layer_states(
@@ -140,7 +167,7 @@ class AlphaModule(LightningModule):
             self.similarity_LL["all"],
             self.num_removed,
             self.plan_method,
-            source=fingerprint,
+            source=model_fingerprint(self.source),
             calibration=data.fingerprints["val"],
         )
 
@@ -165,7 +192,7 @@ class AlphaModule(LightningModule):
     def configure_optimizers(self) -> Any:
         parameters = list(self.merged.alpha_parameters().values())
         if not parameters:
-            return None  # a plan that merges nothing
+            return []  # a plan that merges nothing
         optimizer = self.optimizer(parameters)
         if self.lr_scheduler is None:
             return optimizer
@@ -221,6 +248,7 @@ class AlphaModule(LightningModule):
         checkpoint["state_dict"] = {
             name: value for name, value in checkpoint["state_dict"].items() if name in alphas
         }
+        checkpoint["lmerge"] = checkpoint_state(self.prepare(), self.merged.alphas())
 
     # Evaluation: source and merged on the same batches.
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from torch import Tensor
 
@@ -28,8 +28,8 @@ class Group:
     """The member that the others are aligned to and whose norms are kept."""
 
     def __post_init__(self) -> None:
-        first, last = self.members[0], self.members[-1]
-        if len(self.members) < 2 or self.members != tuple(range(first, last + 1)):
+        rising = all(b == a + 1 for a, b in zip(self.members, self.members[1:], strict=False))
+        if len(self.members) < 2 or not rising:
             raise ValueError(
                 f"a group must hold at least two adjacent layers in rising order, got "
                 f"{list(self.members)}. Write it like [13, 14, 15]."
@@ -179,22 +179,27 @@ def plan_from_dict(data: Any) -> MergePlan:
         raise ValueError(f"a plan must be a JSON object, got {type(data).__name__}.")
     unknown = set(data) - set(MergePlan.__dataclass_fields__) - {"schema", "provenance"}
     if unknown:
-        raise ValueError(f"a plan has no key {sorted(unknown)[0]!r}.")
+        raise ValueError(
+            f"a plan has no key {min(unknown)!r}. Use {', '.join(MergePlan.__dataclass_fields__)}."
+        )
     groups, num_layers = data.get("groups"), data.get("num_layers")
-    if not isinstance(groups, list) or not isinstance(num_layers, int):
-        raise ValueError("a plan needs `num_layers` (a whole number) and `groups` (a list).")
-    texts = {key: data.get(key, "") for key in ("method", "source", "calibration")}
+    if not isinstance(groups, list) or not _is_int(num_layers) or num_layers < 1:
+        raise ValueError(
+            "a plan needs `num_layers` (a whole number above 0) and `groups` (a list)."
+        )
+    texts = {key: data[key] for key in ("method", "source", "calibration") if key in data}
     if not all(isinstance(value, str) for value in texts.values()):
         raise ValueError("`method`, `source` and `calibration` of a plan must be strings.")
     return MergePlan(num_layers=num_layers, groups=tuple(map(_group, groups)), **texts)
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _group(data: Any) -> Group:
-    members = data.get("members") if isinstance(data, dict) else None
+    known = isinstance(data, dict) and data.keys() <= {"members", "anchor"}
+    members = data.get("members") if known else None
     if not isinstance(members, list) or not members or not all(map(_is_int, members)):
         raise ValueError(
             f'a plan group must look like {{"members": [13, 14], "anchor": 13}}, got '
@@ -207,13 +212,20 @@ def _group(data: Any) -> Group:
 
 
 def check_plan(plan: MergePlan, num_layers: int, fingerprint: str, path: Path) -> None:
-    """Raise ValueError when a plan from a file does not fit the source."""
+    """Raise ValueError when a plan from a file does not fit the source.
+
+    Args:
+        plan: The plan.
+        num_layers: Layers of the source.
+        fingerprint: Fingerprint of the source; empty while its weights are not loaded.
+        path: Where the plan was read.
+    """
     if plan.num_layers != num_layers:
         raise ValueError(
             f"plan {path} is for a model of {plan.num_layers} layers, but the source has "
             f"{num_layers}. Make a plan for this model."
         )
-    if plan.source and plan.source != fingerprint:
+    if plan.source and fingerprint and plan.source != fingerprint:
         raise ValueError(
             f"plan {path} was made for a source with fingerprint {plan.source}, but this one has "
             f"{fingerprint}. Make a new plan, or empty its `source` to use it all the same."

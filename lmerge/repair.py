@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 RepairMethod = Literal["down", "none"]
 
-RIDGES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
+RIDGES = (1.0, 3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 """Regularisation strengths tried, as shares of the mean diagonal of the Gram matrix."""
 
 
@@ -29,12 +30,6 @@ class RepairConfig:
 
     method: RepairMethod = "down"
     """`down` refits the down projection of each merged layer; `none` does nothing."""
-    holdout: float = 0.15
-    """Share of the calibration blocks that choose the regularisation; above 0 and below 0.5."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.holdout < 0.5:
-            raise ValueError(f"`repair.holdout` must be above 0 and below 0.5, got {self.holdout}.")
 
 
 class NormalEquations(NamedTuple):
@@ -81,13 +76,18 @@ class NormalEquations(NamedTuple):
         Args:
             ridge: lambda as a share of the mean diagonal of the Gram matrix; above 0.
         """
-        scale = self.gram_FF.diagonal().mean()
+        scale = self.gram_FF.diagonal().mean().clamp_min(1e-200)  # neurons may all be silent
         eye_FF = torch.eye(len(self.gram_FF), dtype=torch.float64, device=self.gram_FF.device)
         factor_FF = torch.linalg.cholesky(self.gram_FF + ridge * scale * eye_FF)
         return torch.cholesky_solve(self.cross_DF.T, factor_FF).T
 
     def error(self, change_DF: Tensor) -> float:
-        """Return the weighted squared error after a change, as a share of the error before."""
+        """Return the weighted squared error after a change, as a share of the error before.
+
+        1 where there was none before.
+        """
+        if not self.energy > 0:
+            return 1.0
         fitted = (change_DF * self.cross_DF).sum()
         size = ((change_DF @ self.gram_FF) * change_DF).sum()
         return float((self.energy - 2 * fitted + size) / self.energy)
@@ -99,7 +99,7 @@ class Refit(NamedTuple):
     change_DF: Tensor
     """What to add to the matrix, float64."""
     ridge: float
-    """The regularisation that the held-out positions chose."""
+    """The regularisation that the held-out positions chose; infinite where no refit helps them."""
     holdout_error: float
     """Weighted squared error on the held-out positions as a share of that before the refit."""
 
@@ -118,7 +118,8 @@ def refit(batches: Iterable[tuple[Positions, bool]]) -> Refit:
 
     Args:
         batches: Positions, and whether they are held out. The held-out ones choose the
-            regularisation; then all of them are used.
+            regularisation; then all of them are used. Where none lowers their error, the matrix
+            stays as it is.
 
     Raises:
         ValueError: When one of the two parts is empty.
@@ -135,6 +136,8 @@ def refit(batches: Iterable[tuple[Positions, bool]]) -> Refit:
         )
     errors = {ridge: parts[True].error(parts[False].solve(ridge)) for ridge in RIDGES}
     ridge = min(errors, key=errors.__getitem__)
+    if not errors[ridge] < 1:
+        return Refit(torch.zeros_like(parts[True].cross_DF), math.inf, 1.0)
     return Refit((parts[True] + parts[False]).solve(ridge), ridge, errors[ridge])
 
 
@@ -143,6 +146,7 @@ def refit_groups(
     source: PreTrainedModel,
     merged: MergedLlama,
     prefix_BTD: Tensor,
+    held_B: Tensor,
     config: RepairConfig,
     *,
     batch_size: int = 4,
@@ -156,7 +160,8 @@ def refit_groups(
         source: The source model.
         merged: The merged model; changed in place.
         prefix_BTD: Input states of the first merged layer on the calibration blocks.
-        config: Method and share of held-out blocks.
+        held_B: Which blocks choose the regularisation (bool).
+        config: The method.
         batch_size: Blocks in one forward pass.
 
     Returns:
@@ -174,7 +179,7 @@ def refit_groups(
         targets = _advance(span(source, source_at, group.stop), targets, f"{name}: targets")
         currents = _advance(span(model, merged_at, position), currents, f"{name}: inputs")
         one = span(model, position, position + 1)
-        outcome = refit(_positions(one, layer, currents, targets, config.holdout, name))
+        outcome = refit(_positions(one, layer, currents, targets, held_B, name))
         weight_DF = layer.tensors()["down_proj"]
         layer.refit("down_proj", (weight_DF.double() + outcome.change_DF).to(weight_DF.dtype))
         currents = _advance(one, currents, f"{name}: outputs")
@@ -204,18 +209,20 @@ def _positions(
     layer: MergedLayer,
     currents: list[Tensor],
     targets: list[Tensor],
-    holdout: float,
+    held_B: Tensor,
     description: str,
 ) -> Iterator[tuple[Positions, bool]]:
     """Yield activations, residuals and targets of a merged layer, and whether they are held out."""
-    every = round(1 / holdout)
+    sizes = [len(current_BTD) for current_BTD in currents]
+    held = held_B.split(sizes)
     with capture_down_input(layer.template) as inputs:
-        pairs = zip(currents, targets, strict=True)
-        for i, (current_BTD, target_BTD) in enumerate(
-            track(pairs, description, total=len(currents))
-        ):
-            output_BTD = run_span(one, current_BTD.to(one.device))
+        batches = zip(currents, targets, held, strict=True)
+        for current_BTD, target_BTD, is_held_B in track(batches, description, total=len(currents)):
+            output_BTD = run_span(one, current_BTD.to(one.device)).float()
             target_BTD = target_BTD.to(output_BTD)
-            a_NF = inputs.pop().flatten(0, 1)
-            residual_ND = (target_BTD - output_BTD).flatten(0, 1)
-            yield (a_NF, residual_ND, target_BTD.flatten(0, 1)), i % every == every - 1
+            rows = (inputs.pop(), target_BTD - output_BTD, target_BTD)
+            for is_held in (False, True):
+                chosen_B = (is_held_B == is_held).to(output_BTD.device)
+                if chosen_B.any():
+                    a_NF, residual_ND, target_ND = (x[chosen_B].flatten(0, 1) for x in rows)
+                    yield (a_NF, residual_ND, target_ND), is_held

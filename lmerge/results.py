@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lmerge.files import provenance, read_json, write_json
@@ -67,7 +68,9 @@ def accuracy(rate: Mapping[str, float]) -> str:
 
 
 def loss(scores: Mapping[str, float]) -> str:
-    """Return a loss with its 95% interval."""
+    """Return a loss with its 95% interval, which a text of one block does not have."""
+    if math.isnan(scores["loss_low"]):
+        return f"{scores['loss']:.3f}"
     return f"{scores['loss']:.3f} [{scores['loss_low']:.3f}, {scores['loss_high']:.3f}]"
 
 
@@ -95,9 +98,9 @@ COST_ROWS = (
 
 def print_table(rows: list[Row], title: str, console: Console | None = None) -> None:
     """Print source against merged."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     for name in ("", "source", "merged"):
         table.add_column(name, justify="left" if name == "" else "right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     (console or Console()).print(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from torch import Tensor
 
 from lmerge.align import Orders
 from lmerge.alphas import Alphas
-from lmerge.files import provenance, read_json, read_tensors, write_json, write_tensors
-from lmerge.llama import ALPHA_AXIS
+from lmerge.files import one_line, provenance, read_json, read_tensors, write_json, write_tensors
+from lmerge.llama import MATRICES
 from lmerge.plan import SCHEMA as PLAN_SCHEMA
-from lmerge.plan import MergePlan, plan_from_dict, plan_to_dict
+from lmerge.plan import Group, MergePlan, plan_from_dict, plan_to_dict
+
+logger = logging.getLogger(__name__)
 
 ALPHAS_SCHEMA = 1
 
@@ -63,8 +66,24 @@ def write_orders(run_dir: Path, orders: Orders) -> None:
 
 
 def read_orders(path: Path) -> Orders:
-    """Read orders.safetensors."""
-    return {int(layer): order_F.long() for layer, order_F in read_tensors(path)[0].items()}
+    """Read orders.safetensors.
+
+    Raises:
+        ValueError: One line when an entry is not the order of a layer's neurons.
+    """
+    tensors, _ = read_tensors(path)
+    for layer, order_F in tensors.items():
+        whole = order_F.ndim == 1 and order_F.dtype == torch.int32
+        if not layer.isdecimal() or not whole or not _is_permutation(order_F):
+            raise ValueError(
+                f"{path} must hold a permutation (int32) under the number of each layer, got "
+                f"{layer!r} of shape {list(order_F.shape)} that is none. Align again."
+            )
+    return {int(layer): order_F.long() for layer, order_F in tensors.items()}
+
+
+def _is_permutation(order_F: Tensor) -> bool:
+    return torch.equal(order_F.sort().values.long(), torch.arange(len(order_F)))
 
 
 def write_alphas(run_dir: Path, plan: MergePlan, alphas: list[Alphas]) -> None:
@@ -94,33 +113,36 @@ def read_alphas(path: Path, plan: MergePlan) -> list[Alphas]:
             "Use the alphas.json of the same run."
         )
     return [
-        _group_alphas(path, data, list(group.members))
-        for data, group in zip(groups, plan.groups, strict=True)
+        _group_alphas(path, data, group) for data, group in zip(groups, plan.groups, strict=True)
     ]
 
 
-def _group_alphas(path: Path, data: Any, members: list[int]) -> Alphas:
-    if not isinstance(data, dict) or data.get("members") != members:
+def _group_alphas(path: Path, data: Any, group: Group) -> Alphas:
+    wanted = {"members": list(group.members), "anchor": group.anchor}
+    if not isinstance(data, dict) or {key: data.get(key) for key in wanted} != wanted:
         raise ValueError(
-            f"{path} must hold alphas for the layers {members} of the plan. "
-            "Use the alphas.json of the same run."
+            f"{path} must hold alphas for the layers {wanted['members']} with the anchor "
+            f"{group.anchor}, as in the plan. Use the alphas.json of the same run."
         )
-    alphas = {}
-    for name, values in dict(data.get("alphas") or {}).items():
-        try:
-            alphas[name] = torch.tensor(values, dtype=torch.float32)
-        except (TypeError, ValueError, RuntimeError):
-            raise ValueError(f"{path}: alphas of {name!r} must be a list of numbers.") from None
-        if alphas[name].ndim not in (1, 2) or len(alphas[name]) != len(members):
-            raise ValueError(
-                f"{path}: alphas of {name!r} must have one row for each of the "
-                f"{len(members)} members, got shape {list(alphas[name].shape)}."
-            )
-    if set(alphas) not in ({"layer"}, set(ALPHA_AXIS)):
+    alphas = data.get("alphas")
+    if not isinstance(alphas, dict) or set(alphas) not in ({"layer"}, set(MATRICES)):
         raise ValueError(
-            f"{path}: a group needs alphas for `layer`, or for each of {', '.join(ALPHA_AXIS)}."
+            f"{path}: a group needs alphas for `layer`, or for each of {', '.join(MATRICES)}."
         )
-    return alphas
+    return {name: _alpha(path, name, values, len(group.members)) for name, values in alphas.items()}
+
+
+def _alpha(path: Path, name: str, values: Any, num_members: int) -> Tensor:
+    try:
+        alpha = torch.tensor(values, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        alpha = torch.tensor(torch.nan)
+    if alpha.ndim not in (1, 2) or len(alpha) != num_members or not alpha.isfinite().all():
+        raise ValueError(
+            f"{path}: alphas of `{name}` must be finite numbers, one row for each of the "
+            f"{num_members} members. Use the alphas.json of the same run."
+        )
+    return alpha
 
 
 def alphas_fingerprint(alphas: list[Alphas]) -> str:
@@ -135,19 +157,30 @@ def alphas_fingerprint(alphas: list[Alphas]) -> str:
 def write_refits(run_dir: Path, refits: Refits, alphas: list[Alphas]) -> None:
     """Write repair.safetensors, which belongs to these alphas alone."""
     tensors = {f"{i}.{name}": w for i, group in enumerate(refits) for name, w in group.items()}
-    metadata = {"schema": "1", "alphas": alphas_fingerprint(alphas), "groups": str(len(refits))}
+    metadata = {"schema": "1", "alphas": alphas_fingerprint(alphas)}
     write_tensors(run_dir / "repair.safetensors", tensors, metadata)
 
 
 def read_refits(path: Path, alphas: list[Alphas]) -> Refits | None:
-    """Read repair.safetensors; None when it belongs to other alphas."""
+    """Read repair.safetensors; None, and a warning, when it belongs to other alphas.
+
+    Raises:
+        ValueError: One line when an entry is not a matrix of one of the groups.
+    """
     tensors, metadata = read_tensors(path)
     if metadata.get("alphas") != alphas_fingerprint(alphas):
+        logger.warning("%s was fitted to other alphas, so it is left out", path)
         return None
-    refits: Refits = [{} for _ in range(int(metadata["groups"]))]
+    refits: Refits = [{} for _ in alphas]
+    places = {f"{i}.{name}": (i, name) for i in range(len(alphas)) for name in MATRICES}
     for key, weight in tensors.items():
-        group, name = key.split(".", 1)
-        refits[int(group)][name] = weight
+        if key not in places or weight.ndim != 2:
+            raise ValueError(
+                f"{path} must hold matrices of the {len(alphas)} groups, such as '0.down_proj', "
+                f"got {key!r} of shape {list(weight.shape)}. Repair again."
+            )
+        group, name = places[key]
+        refits[group][name] = weight
     return refits
 
 
@@ -169,4 +202,35 @@ def read_run(run_dir: Path) -> RunState:
         state.alphas = read_alphas(run_dir / "alphas.json", state.plan)
         if (run_dir / "repair.safetensors").is_file():
             state.refits = read_refits(run_dir / "repair.safetensors", state.alphas)
+    return state
+
+
+def checkpoint_state(state: RunState, alphas: list[Alphas]) -> dict[str, Any]:
+    """Return what a Lightning checkpoint keeps beside the optimiser: plan, orders and alphas."""
+    return {"plan": plan_to_dict(state.plan), "orders": dict(state.orders), "alphas": alphas}
+
+
+def read_checkpoint(path: Path) -> RunState:
+    """Read plan, orders and alphas from a Lightning checkpoint, without unpickling code.
+
+    Raises:
+        ValueError: When the file is not a checkpoint of lmerge.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)["lmerge"]
+        return RunState(
+            plan=plan_from_dict(saved["plan"]), orders=saved["orders"], alphas=saved["alphas"]
+        )
+    except Exception as error:  # malformed files end in errors of every type
+        raise ValueError(
+            f"{path} must be a checkpoint that `lmerge fit` wrote, got: {one_line(error)}. "
+            "Give one from the folder `checkpoints` of a run."
+        ) from error
+
+
+def with_refits_of(run_dir: Path, state: RunState) -> RunState:
+    """Return the state with the run folder's repair, where that belongs to the same alphas."""
+    path = run_dir / "repair.safetensors"
+    if state.alphas is not None and path.is_file():
+        state.refits = read_refits(path, state.alphas)
     return state

@@ -23,7 +23,7 @@ def cosine_similarity(states_LND: Tensor) -> Tensor:
     Returns:
         (L, L) float64 in [-1, 1]; 1 means equal directions on every prompt.
     """
-    unit_LND = torch.nn.functional.normalize(states_LND.double(), dim=-1)
+    unit_LND = _unit(states_LND)
     return torch.einsum("lnd,mnd->lm", unit_LND, unit_LND) / states_LND.shape[1]
 
 
@@ -33,7 +33,7 @@ def angular_similarity(states_LND: Tensor) -> Tensor:
     Returns:
         (L, L) float64 in [0, 1]; 1 means equal directions on every prompt.
     """
-    unit_LND = torch.nn.functional.normalize(states_LND.double(), dim=-1)
+    unit_LND = _unit(states_LND)
     cosine_LMN = torch.einsum("lnd,mnd->lmn", unit_LND, unit_LND).clamp(-1, 1)
     return 1 - (cosine_LMN.arccos() / torch.pi).mean(dim=-1)
 
@@ -50,6 +50,13 @@ def linear_cka(states_LND: Tensor) -> Tensor:
     shared_LM = torch.einsum("lij,mij->lm", gram_LNN, gram_LNN)
     norm_L = shared_LM.diagonal().sqrt()
     return shared_LM / (norm_L[:, None] * norm_L[None, :])
+
+
+def _unit(states_LND: Tensor) -> Tensor:
+    """Return states of length 1; NaN for a state of zeros, which has no direction."""
+    states_LND = states_LND.double()
+    norm_LN1: Tensor = torch.linalg.vector_norm(states_LND, dim=-1, keepdim=True)
+    return states_LND / norm_LN1
 
 
 MEASURES: dict[Measure, Callable[[Tensor], Tensor]] = {
@@ -72,10 +79,11 @@ def similarity_matrix(states_LND: Tensor, measure: Measure) -> Tensor:
             "Check the weights, or load them in float32."
         )
     matrix_LM = MEASURES[measure](states_LND)
-    if not matrix_LM.isfinite().all():
-        layer = int((~matrix_LM.isfinite()).any(dim=1).nonzero()[0, 0])
+    undefined_L = ~matrix_LM.diagonal().isfinite()
+    if undefined_L.any():
+        layer = int(undefined_L.nonzero()[0, 0])
         raise ValueError(
-            f"`{measure}` is undefined for layer {layer}: its states are constant over the prompts."
-            " Use more and different prompts, or another measure."
+            f"`{measure}` is undefined for layer {layer}: its states are zero, or equal on all "
+            "prompts. Use more and different prompts, or another measure."
         )
     return matrix_LM

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -128,23 +129,25 @@ def test_testing_serves_texts_then_each_scoring(small: dict[str, Any]) -> None:
     assert kinds(module("test", small).test_dataloader()) == ["text en", "letter", "cloze"]
 
 
-def test_validation_inside_a_fit_serves_texts_alone(small: dict[str, Any]) -> None:
-    assert kinds(module("fit", small).val_dataloader()) == ["text en"]
+def test_validation_inside_a_fit_serves_the_held_out_blocks_alone(small: dict[str, Any]) -> None:
+    data = module("fit", small)
+    assert kinds(data.val_dataloader()) == ["text held-out"]
+    served_NT = torch.cat([batch.token_BT for batch in data.val_dataloader()])
+    assert torch.equal(served_NT, data.calibration_blocks()[data.held_out()])
 
 
-def test_validation_inside_a_fit_without_texts_serves_questions(small: dict[str, Any]) -> None:
-    data = module("fit", small, eval_text=None)
-    assert kinds(data.val_dataloader()) == ["letter", "cloze"]
+def test_training_never_sees_a_held_out_block(small: dict[str, Any]) -> None:
+    data = module("fit", small)
+    trained = {i for batch in data.train_dataloader() for i in batch["index"].tolist()}
+    held = set(data.held_out().nonzero().flatten().tolist())
+    assert len(held) == 3
+    assert trained | held == set(range(20))
+    assert not trained & held
 
 
-@pytest.mark.parametrize(
-    ("stage", "eval_text", "fast"),
-    [("fit", "bank", True), ("fit", None, False), ("validate", "bank", False)],
-)
-def test_fast_validation_tells_whether_questions_are_left_out(
-    stage: str, eval_text: str | None, fast: bool, small: dict[str, Any]
-) -> None:
-    assert module(stage, small, eval_text=eval_text).fast_validation is fast
+def test_one_block_cannot_be_held_out(small: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="num_calibration_tokens"):
+        module("fit", small, num_calibration_tokens=64)
 
 
 def test_an_index_points_into_the_questions(small: dict[str, Any]) -> None:
@@ -172,7 +175,7 @@ def test_max_questions_limits_each_subject_and_language(small: dict[str, Any]) -
 
 
 def test_text_tokens_are_all_but_the_first(small: dict[str, Any]) -> None:
-    data = module("fit", small)
+    data = module("validate", small)
     assert data.text_tokens["en"] == data.text_bytes["en"] - 1
 
 
@@ -288,10 +291,21 @@ def test_training_batches_are_blocks_with_their_index(small: dict[str, Any]) -> 
         assert torch.equal(batch["token_BT"], data.calibration_blocks()[batch["index"]])
 
 
-def test_an_epoch_serves_every_block_once(small: dict[str, Any]) -> None:
-    batches = module("fit", small, batch_size=3).train_dataloader()
-    indices = torch.cat([batch["index"] for batch in batches])
-    assert sorted(indices.tolist()) == list(range(20))
+def test_an_epoch_serves_every_kept_block_once(small: dict[str, Any]) -> None:
+    data = module("fit", small, batch_size=3)
+    kept = (~data.held_out()).nonzero().flatten().tolist()
+    assert sorted(training_order(data)) == kept
+
+
+def test_a_loader_goes_on_where_its_state_was_saved(small: dict[str, Any]) -> None:
+    whole = module("fit", small, batch_size=3).train_dataloader()
+    epochs = [[batch["index"].tolist() for batch in whole] for _ in range(2)]
+    part, rest = (module("fit", small, batch_size=3).train_dataloader() for _ in range(2))
+    list(part)
+    served = [batch["index"].tolist() for batch in itertools.islice(part, 2)]
+    rest.load_state_dict(part.state_dict())
+    assert epochs[0] != epochs[1]
+    assert served + [batch["index"].tolist() for batch in rest] == epochs[1]
 
 
 def training_order(data: MMLUDataModule) -> list[int]:
@@ -399,7 +413,9 @@ def test_two_processes_train_on_every_block_between_them(
     trainer = two_processes(tmp_path, limit_val_batches=0)
     trainer.fit(Recorder(tmp_path), datamodule=MMLUDataModule(**small))
     parts = [{i for _, *b in seen(tmp_path, "fit", rank) for i in b} for rank in range(2)]
-    assert [len(part) for part in parts] == [10, 10]
+    # 17 of the 20 blocks are trained on, so one is repeated.
+    assert [len(part) for part in parts] == [9, 9]
+    assert len(parts[0] | parts[1]) == 17
 
 
 # Options.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
+from torch import Tensor, distributed
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lmerge.data.prompts import calibration_text, prompt_text
@@ -24,16 +25,91 @@ DomainSubjects = Mapping[str, Sequence[str]]
 
 
 class BlockDataset(Dataset[dict[str, Tensor]]):
-    """Token blocks, each with its position: {"index": (), "token_BT": (T,)} before batching."""
+    """Some of the token blocks: {"index": (), "token_BT": (T,)} before batching.
 
-    def __init__(self, token_BT: Tensor) -> None:
+    Args:
+        token_BT: All blocks.
+        kept_N: Positions of the blocks to serve; `index` is such a position.
+    """
+
+    def __init__(self, token_BT: Tensor, kept_N: Tensor) -> None:
         self.token_BT = token_BT
+        self.kept_N = kept_N
 
     def __len__(self) -> int:
-        return len(self.token_BT)
+        return len(self.kept_N)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"index": torch.tensor(index), "token_BT": self.token_BT[index]}
+    def __getitem__(self, place: int) -> dict[str, Tensor]:
+        index = self.kept_N[place]
+        return {"index": index, "token_BT": self.token_BT[index]}
+
+
+class ShuffledOrder(DistributedSampler[int]):
+    """A new order for each epoch that depends on the seed and the epoch alone.
+
+    Being a distributed sampler, it is not replaced by Lightning. Process r of w takes every w-th
+    index from r on, so that w processes with batches of b see what one sees with batches of w * b.
+
+    Args:
+        size: Number of samples; where it does not divide evenly, the first ones repeat.
+        seed: Seed of all orders.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size = size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Do nothing: Lightning counts an interrupted epoch as done, so the loader counts."""
+
+    def __len__(self) -> int:
+        return -(-self.size // _world()[1])
+
+    def __iter__(self) -> Iterator[int]:
+        rank, num_processes = _world()
+        order = _permutation(self.size, self.seed * 1_000_003 + self.epoch)
+        order += order[: len(self) * num_processes - self.size]
+        return iter(order[rank::num_processes])
+
+
+def _world() -> tuple[int, int]:
+    """Return the rank of this process and the number of processes."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+class ResumableLoader(DataLoader[dict[str, Tensor]]):
+    """A loader with a `ShuffledOrder` that goes on where a checkpoint was written."""
+
+    _skip = 0
+    _served = 0
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
+        skip, self._skip = self._skip, 0
+        self._served = skip
+        for batch in islice(super().__iter__(), skip, None):
+            self._served += 1
+            if self._served == len(self):
+                self._next_epoch()
+            yield batch
+
+    def _next_epoch(self) -> None:
+        self._served = 0
+        self._order().epoch += 1
+
+    def _order(self) -> ShuffledOrder:
+        assert isinstance(self.sampler, ShuffledOrder)
+        return self.sampler
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the epoch and how many of its batches were served; Lightning checkpoints this."""
+        return {"epoch": self._order().epoch, "served": self._served}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after the batches that were served before the checkpoint."""
+        self._order().epoch, self._skip = state["epoch"], state["served"]
 
 
 def by_domain_language(
@@ -128,6 +204,15 @@ def mix_blocks(
         chosen = sorted(_permutation(len(block_BT), seed)[:share])
         placed += [((i + 0.5) / share, stream, block_BT[j]) for i, j in enumerate(chosen)]
     return torch.stack([token_T for *_, token_T in sorted(placed, key=lambda item: item[:2])])
+
+
+def held_blocks(num_blocks: int, holdout: float) -> Tensor:
+    """Return which blocks are held out: at least one, spread evenly (bool)."""
+    num_held = max(1, round(num_blocks * holdout))
+    place_B = (torch.arange(num_held) + 0.5) * num_blocks / num_held
+    held_B = torch.zeros(num_blocks, dtype=torch.bool)
+    held_B[place_B.long()] = True
+    return held_B
 
 
 def context_length(config: PretrainedConfig) -> int:

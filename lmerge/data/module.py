@@ -12,8 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from lmerge.data.batching import (
     BlockDataset,
+    ResumableLoader,
+    ShuffledOrder,
     calibration_streams,
     context_length,
+    held_blocks,
     mix_blocks,
     sample_prompts,
     to_device,
@@ -21,10 +24,13 @@ from lmerge.data.batching import (
 from lmerge.data.prompts import build_choice_batches
 from lmerge.data.records import IGNORE, ChoiceBatch, Question, Scoring, TextBatch
 from lmerge.data.stage import StageData, read_stage
-from lmerge.data.text import text_batches
+from lmerge.data.text import block_batches, text_batches
 from lmerge.source import load_config, load_tokenizer
 
 EvaluationBatch = TextBatch | ChoiceBatch
+
+HELD_OUT = "held-out"
+"""Name of the held-out calibration blocks among the texts that a fit measures on."""
 
 # Lists, not tuples, so that `--data.languages+=fr` adds to the default; they are never changed.
 STUDY_DOMAINS = ["medical", "legal", "math", "cs", "humanities"]
@@ -56,6 +62,8 @@ class MMLUDataModule(LightningDataModule):
             or null for none.
         block_size: Tokens in a block of text; at least 2, at most the model's context.
         num_calibration_tokens: Tokens to calibrate on; at least `block_size`.
+        holdout: Share of the calibration blocks that are never trained on, but choose the
+            regularisation and early stopping; above 0 and at most 0.5.
         num_prompts: Prompts per domain and language for layer similarity; at least 1.
         batch_size: Blocks in a training batch; at least 1.
         eval_tokens: Bound on the tokens in an evaluation batch, few-shot examples not counted; at
@@ -78,6 +86,7 @@ class MMLUDataModule(LightningDataModule):
         eval_text: str | None = "bank",
         block_size: int = 256,
         num_calibration_tokens: int = 16_384,
+        holdout: float = 0.15,
         num_prompts: int = 40,
         batch_size: int = 4,
         eval_tokens: int = 2048,
@@ -93,6 +102,8 @@ class MMLUDataModule(LightningDataModule):
         _check_at_least(block_size, num_calibration_tokens=num_calibration_tokens)
         if not scorings and eval_text is None:
             raise ValueError("`scorings` must not be empty without `eval_text`; give one of them.")
+        if not 0 < holdout <= 0.5:
+            raise ValueError(f"`holdout` must be above 0 and at most 0.5, got {holdout}; try 0.15.")
         self.source = source
         self.question_source = questions
         self.domains = domains
@@ -104,6 +115,7 @@ class MMLUDataModule(LightningDataModule):
         self.eval_text = eval_text
         self.block_size = block_size
         self.num_calibration_tokens = num_calibration_tokens
+        self.holdout = holdout
         self.num_prompts = num_prompts
         self.batch_size = batch_size
         self.eval_tokens = eval_tokens
@@ -140,10 +152,8 @@ class MMLUDataModule(LightningDataModule):
                 f"{self.block_size}; lower it."
             )
         self._tokenizer = load_tokenizer(self.source)
-        self._batches = self._evaluation_batches(data, max_length)
         self._data = data
-        if stage == "fit":
-            self.calibration_blocks()
+        self._batches = self._evaluation_batches(data, max_length)
 
     @property
     def questions(self) -> list[Question]:
@@ -167,20 +177,17 @@ class MMLUDataModule(LightningDataModule):
         return self._tokenizer
 
     @property
-    def fast_validation(self) -> bool:
-        """Whether validation serves texts alone, as it does between the epochs of a fit."""
+    def text_bytes(self) -> dict[str, int | None]:
+        """UTF-8 bytes of each text that is measured on; unknown for the held-out blocks of fit."""
         data = self._require()
-        return data.stage == "fit" and bool(data.eval_texts)
-
-    @property
-    def text_bytes(self) -> dict[str, int]:
-        """UTF-8 bytes of each text that is measured on."""
-        return {name: len(text.encode()) for name, text in self._require().eval_texts.items()}
+        if data.stage == "fit":
+            return {HELD_OUT: None}
+        return {name: len(text.encode()) for name, text in data.eval_texts.items()}
 
     @property
     def text_tokens(self) -> dict[str, int]:
         """Predicted tokens of each text that is measured on: all but the very first."""
-        counts = dict.fromkeys(self._require().eval_texts, 0)
+        counts = dict.fromkeys(self.text_bytes, 0)
         for batch in self._batches:
             if isinstance(batch, TextBatch):
                 counts[batch.name] += int((batch.target_BT != IGNORE).sum())
@@ -211,19 +218,29 @@ class MMLUDataModule(LightningDataModule):
             )
         return self._blocks_NT
 
+    def held_out(self) -> Tensor:
+        """Return which calibration blocks are never trained on (N,), bool, evenly spread."""
+        held_N = held_blocks(len(self.calibration_blocks()), self.holdout)
+        if held_N.all():
+            raise ValueError(
+                f"calibration needs blocks to train on beside the held-out ones, got {len(held_N)} "
+                "block in all; raise `num_calibration_tokens` or lower `block_size`."
+            )
+        return held_N
+
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Serve the calibration blocks in an order that `seed` decides."""
-        return DataLoader(
-            BlockDataset(self.calibration_blocks()),
+        """Serve the calibration blocks that are not held out, in an order that `seed` decides."""
+        kept_N = (~self.held_out()).nonzero().flatten()
+        return ResumableLoader(
+            BlockDataset(self.calibration_blocks(), kept_N),
             batch_size=self.batch_size,
-            shuffle=True,
-            generator=torch.Generator().manual_seed(self.seed),
+            sampler=ShuffledOrder(len(kept_N), self.seed),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )
 
     def val_dataloader(self) -> DataLoader[EvaluationBatch]:
-        """Serve texts, then val questions for each scoring; in `fit` texts alone, if any."""
+        """Serve texts, then val questions for each scoring; in `fit` the held-out blocks alone."""
         self._require("fit", "validate")
         return self._evaluation_loader()
 
@@ -251,6 +268,9 @@ class MMLUDataModule(LightningDataModule):
 
     def _evaluation_batches(self, data: StageData, max_length: int) -> list[EvaluationBatch]:
         batches: list[EvaluationBatch] = []
+        if data.stage == "fit":
+            blocks_NT = self.calibration_blocks()[self.held_out()]
+            return list(block_batches(HELD_OUT, blocks_NT, self._blocks_per_batch()))
         for name, text in data.eval_texts.items():
             batches += text_batches(
                 name,
@@ -258,10 +278,8 @@ class MMLUDataModule(LightningDataModule):
                 self._tokenizer,
                 block_size=self.block_size,
                 stride=self.block_size,
-                batch_size=max(1, self.eval_tokens // self.block_size),
+                batch_size=self._blocks_per_batch(),
             )
-        if data.stage == "fit" and batches:
-            return batches
         for scoring in dict.fromkeys(self.scorings):
             batches += build_choice_batches(
                 data.questions,
@@ -273,6 +291,9 @@ class MMLUDataModule(LightningDataModule):
                 max_length=max_length,
             )
         return batches
+
+    def _blocks_per_batch(self) -> int:
+        return max(1, self.eval_tokens // self.block_size)
 
     def _evaluation_loader(self) -> DataLoader[EvaluationBatch]:
         # Batches are made beforehand, so that they are the same whatever the number of processes:

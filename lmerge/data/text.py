@@ -135,6 +135,19 @@ def text_batches(
     return batches
 
 
+def block_batches(name: str, token_BT: Tensor, batch_size: int) -> list[TextBatch]:
+    """Return full blocks as batches in which every token but a block's first is predicted."""
+    target_BT = torch.full_like(token_BT, IGNORE)
+    target_BT[:, :-1] = token_BT[:, 1:]
+    index_B = torch.arange(len(token_BT))
+    return [
+        TextBatch(name=name, index_B=i_B, token_BT=t_BT, target_BT=y_BT)
+        for i_B, t_BT, y_BT in zip(
+            *(x.split(batch_size) for x in (index_B, token_BT, target_BT)), strict=True
+        )
+    ]
+
+
 def _bundled_text(language: str, split: Literal["val", "test"]) -> str:
     folder = resources.files("lmerge.data") / "bank" / "text"
     file = folder / f"{language}_{split}.txt"

@@ -1,0 +1,60 @@
+import pytest
+import torch
+from conftest import tiny_model
+from models import NUM_LAYERS, VARIANTS, logits, tiny_variant, tokens
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lmerge.cache import cache_states
+from lmerge.llama import decoder_layers, lm_logits
+
+PLACES = range(NUM_LAYERS + 1)
+
+
+@torch.no_grad()
+def hooked(model: PreTrainedModel, token_BT: Tensor, first_merged: int) -> tuple[Tensor, Tensor]:
+    """The input of a layer (of the norm after the last) and the normed output, seen by hooks."""
+    seen = {}
+    modules = [*decoder_layers(model), model.model.norm]
+    hooks = [
+        modules[first_merged].register_forward_pre_hook(lambda _m, i: seen.update(prefix=i[0])),
+        model.model.norm.register_forward_hook(lambda _m, _i, out: seen.update(final=out)),
+    ]
+    model(token_BT, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return seen["prefix"], seen["final"]
+
+
+@pytest.mark.parametrize("first_merged", PLACES)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_states_are_those_that_hooks_see_in_the_plain_model(name: str, first_merged: int) -> None:
+    model = tiny_variant(name)
+    cache = cache_states(model, tokens(3), first_merged, batch_size=3)
+    prefix, final = hooked(model, tokens(3), first_merged)
+    assert torch.equal(cache.prefix_BTD, prefix)
+    assert torch.equal(cache.final_BTD, final)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 10])
+def test_the_batch_size_does_not_matter(batch_size: int) -> None:
+    found = cache_states(tiny_model(), tokens(5), 2, batch_size=batch_size)
+    wanted = cache_states(tiny_model(), tokens(5), 2, batch_size=5)
+    for states, expected in zip(found, wanted, strict=True):
+        torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_final_states_give_the_logits() -> None:
+    model = tiny_model()
+    final = cache_states(model, tokens(), 1).final_BTD
+    with torch.no_grad():
+        torch.testing.assert_close(lm_logits(model, final), logits(model))
+
+
+def test_states_keep_the_dtype_of_the_source() -> None:
+    cache = cache_states(tiny_model().bfloat16(), tokens(), 1)
+    assert {states.dtype for states in cache} == {torch.bfloat16}
+
+
+def test_states_carry_no_gradient() -> None:
+    assert not any(states.requires_grad for states in cache_states(tiny_model(), tokens(), 1))

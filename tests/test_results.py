@@ -1,0 +1,149 @@
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from lmerge.results import (
+    accuracy,
+    loss,
+    ppl,
+    print_table,
+    size,
+    table_rows,
+    write_metrics,
+)
+
+RATE = {"accuracy": 0.25, "low": 0.2, "high": 0.305, "num_questions": 40}
+SCORES = {"loss": 3.4412, "loss_low": 3.3, "loss_high": 3.5999, "ppl": 31.22, "kl": 0.0456}
+COST = {"layers": 30, "parameters": 134_515_008, "bytes": 2**29, "prefill_tokens_per_s": 1234.5}
+
+
+def results() -> dict[str, Any]:
+    return {
+        "cost": {"source": COST, "merged": {**COST, "layers": 27}},
+        "choices": {
+            scoring: {"source": {"micro": RATE}, "merged": {"micro": {**RATE, "accuracy": 0.3}}}
+            for scoring in ("letter", "cloze")
+        },
+        "text": {"en": {"source": SCORES, "merged": {**SCORES, "ppl": 1e5}}},
+    }
+
+
+def read(folder: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
+    return data
+
+
+# metrics.json.
+
+
+def test_stages_do_not_overwrite_each_other(tmp_path: Path) -> None:
+    write_metrics(tmp_path, "validate", {"a": 1})
+    write_metrics(tmp_path, "test", {"b": 2})
+    assert read(tmp_path)["validate"]["a"] == 1
+    assert read(tmp_path)["test"]["b"] == 2
+
+
+def test_a_stage_overwrites_itself(tmp_path: Path) -> None:
+    write_metrics(tmp_path, "test", {"a": 1})
+    write_metrics(tmp_path, "test", {"b": 2})
+    assert read(tmp_path)["test"].keys() == {"b", "provenance"}
+
+
+def test_metrics_say_their_schema_and_where_they_are_from(tmp_path: Path) -> None:
+    write_metrics(tmp_path, "test", results())
+    assert read(tmp_path)["schema"] == 1
+    assert "lmerge" in read(tmp_path)["test"]["provenance"]
+
+
+def test_numbers_that_do_not_exist_become_null(tmp_path: Path) -> None:
+    found = {"a": math.nan, "b": [1.5, math.inf, {"c": (-math.inf, 2)}], "d": "nan", "e": True}
+    write_metrics(tmp_path, "test", found)
+    stored = read(tmp_path)["test"]
+    del stored["provenance"]
+    assert stored == {"a": None, "b": [1.5, None, {"c": [None, 2]}], "d": "nan", "e": True}
+
+
+def test_metrics_of_another_schema_are_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text('{"schema": 7}')
+    with pytest.raises(ValueError, match=r"^[^\n]*metrics\.json[^\n]*`schema`[^\n]*\Z"):
+        write_metrics(tmp_path, "test", {})
+
+
+# The table.
+
+
+def test_a_table_has_costs_then_choices_then_texts() -> None:
+    assert [row[0] for row in table_rows(results())] == [
+        "layers",
+        "parameters",
+        "size of the weights",
+        "prefill (tokens/s)",
+        "accuracy, letters",
+        "accuracy, answer texts",
+        "loss on en text (nats/token)",
+        "perplexity on en text",
+        "KL from the source on en text",
+    ]
+
+
+def test_a_table_has_source_before_merged() -> None:
+    rows = {row[0]: row[1:] for row in table_rows(results())}
+    assert rows["layers"] == ("30", "27")
+    assert rows["parameters"] == ("134.5 M", "134.5 M")
+    assert rows["accuracy, letters"] == ("25.0% [20.0, 30.5]", "30.0% [20.0, 30.5]")
+    assert rows["perplexity on en text"] == ("31.22", "1e+05")
+    assert rows["KL from the source on en text"] == ("0", "0.046")
+
+
+def test_a_table_without_costs_has_no_costs() -> None:
+    rows = table_rows({**results(), "cost": {}})
+    assert rows[0][0] == "accuracy, letters"
+
+
+def test_an_accuracy_is_shown_with_its_interval() -> None:
+    assert accuracy(RATE) == "25.0% [20.0, 30.5]"
+
+
+def test_a_loss_is_shown_with_its_interval() -> None:
+    assert loss(SCORES) == "3.441 [3.300, 3.600]"
+
+
+def test_a_loss_without_an_interval_is_shown_alone() -> None:
+    assert loss({**SCORES, "loss_low": math.nan, "loss_high": math.nan}) == "3.441"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1.0, "1.00"), (9999.9, "9,999.90"), (123456.0, "1.23e+05"), (math.inf, "inf")],
+)
+def test_a_perplexity_is_short_however_large(value: float, text: str) -> None:
+    assert ppl({"ppl": value}) == text
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (2**29, "512 MiB"), (2**34, "16.00 GiB")],
+)
+def test_a_size_has_the_unit_that_people_expect(num_bytes: int, text: str) -> None:
+    assert size(num_bytes) == text
+
+
+def printed(rows: list[tuple[str, str, str]], title: str) -> str:
+    stream = io.StringIO()
+    print_table(rows, title, Console(file=stream, width=200))
+    return stream.getvalue()
+
+
+def test_a_printed_table_has_every_cell() -> None:
+    text = printed(table_rows(results()), "results")
+    assert all(cell in text for row in table_rows(results()) for cell in row)
+
+
+def test_brackets_are_printed_as_they_are() -> None:
+    text = printed([("loss on [red] text", "[nan, nan]", "[/]")], "runs/[bold]x: test")
+    assert all(part in text for part in ("[red]", "[nan, nan]", "[/]", "runs/[bold]x"))
