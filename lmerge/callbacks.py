@@ -15,7 +15,7 @@ from torch import Tensor
 from lmerge.align import Aligner, Orders, align_group, matched_similarity
 from lmerge.cost import measure_costs
 from lmerge.export import export_model, model_card, verify_export, write_card
-from lmerge.figures import matching_figure, save, similarity_figure
+from lmerge.figures import matching_figure, save, search_figure, similarity_figure
 from lmerge.files import provenance, write_json
 from lmerge.llama import LayerTensors, decoder_layers, layer_tensors
 from lmerge.merged import members_in_one_frame
@@ -109,6 +109,7 @@ class Artefacts(Callback):
         write_plan(module.run_dir, module.state.plan)
         write_orders(module.run_dir, module.state.orders)
         write_similarity(trainer, module)
+        write_search(trainer, module)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, HungarianAlignment) and callback.similarity["after"]:
                 figure = matching_figure(**callback.similarity)
@@ -146,6 +147,16 @@ def write_similarity(trainer: Trainer, module: AlphaModule) -> None:
     write_json(folder / "similarity.json", {**data, "provenance": provenance()}, schema=1)
     figure = similarity_figure(matrices, module.measure, module.state.plan)
     log_figure(trainer, module, figure, "similarity/layers")
+
+
+def write_search(trainer: Trainer, module: AlphaModule) -> None:
+    """Write what the candidates of the plan search cost, and their figure."""
+    if not module.candidates:
+        return
+    costs = [{"members": list(c.group.members), "kl": c.kl} for c in module.candidates]
+    data = {"method": module.plan_method, "candidates": costs, "provenance": provenance()}
+    write_json(module.run_dir / "plan" / "search.json", data, schema=1)
+    log_figure(trainer, module, search_figure(module.candidates), "plan/search")
 
 
 def log_figure(trainer: Trainer, module: AlphaModule, figure: Figure, name: str) -> None:

@@ -32,6 +32,7 @@ WandbMode = Literal["offline", "online", "disabled"]
 OWN_FILES = (
     "config.yaml",
     "plan.json",
+    "plan",
     "orders.safetensors",
     "alphas.json",
     "repair.safetensors",

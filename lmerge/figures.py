@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -10,6 +10,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from lmerge.plan import MergePlan
+from lmerge.search import Candidate
 
 
 def similarity_figure(matrices: Mapping[str, Tensor], measure: str, plan: MergePlan) -> Figure:
@@ -56,6 +57,23 @@ def matching_figure(before: Mapping[int, Tensor], after: Mapping[int, Tensor]) -
         boxes["boxes"][0].set_label(label)
     axis.set_xticks(places, [str(layer) for layer in before])
     axis.set(xlabel="source layer", ylabel="similarity to the anchor's neuron")
+    axis.legend()
+    return figure
+
+
+def search_figure(candidates: Sequence[Candidate]) -> Figure:
+    """Return what each candidate block costs after its refit, by its first layer."""
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axis = figure.subplots()
+    best, *others = sorted(candidates, key=lambda candidate: candidate.kl)
+    axis.bar([c.group.start for c in others], [c.kl for c in others], color="lightgrey")
+    axis.bar([best.group.start], [best.kl], color="steelblue", label="chosen")
+    removed = len(best.group.members) - 1
+    axis.set(
+        xlabel=f"first layer of the block of {removed + 1} that becomes one",
+        ylabel="KL from the source (nats/token)",
+        yscale="log",
+    )
     axis.legend()
     return figure
 

@@ -30,6 +30,7 @@ from lmerge.runs import (
     read_run,
     with_refits_of,
 )
+from lmerge.search import Candidate, SearchMethod, search_plan
 from lmerge.similarity import Measure, similarity_matrix
 from lmerge.source import Dtype, load_model, model_fingerprint
 
@@ -43,7 +44,8 @@ class AlphaModule(LightningModule):
         source: Model to compress: hub id, local folder, GGUF file or the alias `smollm2-135m`.
         num_removed: Layers to remove; from 0 to the number of layers minus 1.
         plan: A plan.json that replaces the similarity and plan stages.
-        plan_method: How the layers to merge are chosen.
+        plan_method: How the layers to merge are chosen: `block` (most similar ends), `tail` (the
+            last layers, as MKA released it) or `block_repaired` (least KL after a refit).
         measure: Layer similarity that the plan is made on.
         pooling: Which token's state stands for a calibration prompt.
         alpha: What the alphas can express and where they start.
@@ -62,7 +64,7 @@ class AlphaModule(LightningModule):
         source: str = "smollm2-135m",
         num_removed: int = 3,
         plan: str | None = None,
-        plan_method: PlanMethod = "block",
+        plan_method: PlanMethod | SearchMethod = "block_repaired",
         measure: Measure = "angular",
         pooling: Pooling = "last",
         alpha: AlphaConfig = AlphaConfig(),  # noqa: B008 - frozen
@@ -91,6 +93,7 @@ class AlphaModule(LightningModule):
         self.seed = seed
         self.results: dict[str, Any] = {}
         self.similarity_LL: dict[str, Tensor] = {}
+        self.candidates: list[Candidate] = []
         self.state: RunState | None = None
         self._ready = False
         self._cache: StateCache | None = None
@@ -163,12 +166,22 @@ class AlphaModule(LightningModule):
         }
         everything_LND = torch.cat(list(states.values()), dim=1)
         self.similarity_LL["all"] = similarity_matrix(everything_LND, self.measure)
-        return make_plan(
-            self.similarity_LL["all"],
-            self.num_removed,
-            self.plan_method,
-            source=model_fingerprint(self.source),
-            calibration=data.fingerprints["val"],
+        provenance = {
+            "source": model_fingerprint(self.source),
+            "calibration": data.fingerprints["val"],
+        }
+        if self.plan_method != "block_repaired" or not self.num_removed:
+            method: PlanMethod = "tail" if self.plan_method == "tail" else "block"
+            return make_plan(self.similarity_LL["all"], self.num_removed, method, **provenance)
+        blocks_BT, held_B = data.calibration_blocks(), data.held_out()
+        self.candidates = search_plan(
+            self.source, blocks_BT, held_B, self.num_removed, self.plan_method
+        )
+        return MergePlan(
+            num_layers=num_layers(self.source),
+            groups=(self.candidates[0].group,),
+            method=self.plan_method,
+            **provenance,
         )
 
     def data(self) -> MMLUDataModule:

@@ -36,6 +36,7 @@ ORDER = (
     "score",
     "metrics",
     "repair",
+    "search",
     "runs",
     "evaluate",
     "cost",
