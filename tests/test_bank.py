@@ -72,7 +72,10 @@ def test_prose_is_long_enough(language: str, split: Split) -> None:
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_no_sentence_is_both_calibrated_and_measured_on(language: str) -> None:
     val, test = (
-        {s.strip() for s in re.split(r"[.!?\u3002\uff01\uff1f]", read_text("bank", language, split=split))}
+        {
+            s.strip()
+            for s in re.split(r"[.!?\u3002\uff01\uff1f]", read_text("bank", language, split=split))
+        }
         for split in ("val", "test")
     )
     assert not {s for s in val & test if len(s) > 10}
