@@ -65,6 +65,11 @@ class Parser(LightningArgumentParser):
 
 def _hint(parser: Any, message: str) -> str:
     """Return a `did you mean` for the first unknown option in a message."""
+    typed = re.search(r"subcommand: invalid choice: '(\w+)' \(choose from (.*)\)", message)
+    if typed is not None:
+        known = [*re.findall(r"\w+", typed[2]), *COMMANDS]
+        close = difflib.get_close_matches(typed[1], known, n=1)
+        return f" Did you mean `lmerge {close[0]}`?" if close else ""
     match = re.search(
         r"(?:[Uu]nrecognized arguments: (?:--)?|[Kk]ey ['\"]?|option ['\"])([\w.]+)", message
     )
@@ -159,6 +164,9 @@ class CLI(LightningCLI):
             loggers.append(WandbLogger(name, run_dir, offline=offline, project="lmerge"))
         return loggers
 
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: lmerge's checkpoints hold no options, and bad ones are refused later."""
+
     # Checks before anything is written.
 
     def before_instantiate_classes(self) -> None:
@@ -176,6 +184,11 @@ class CLI(LightningCLI):
         if self.subcommand == "fit" and not ckpt_path:
             remove_run(self.model.run_dir)
         self.model.run_dir.mkdir(parents=True, exist_ok=True)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        # Nothing is unpickled: a checkpoint holds tensors and plain values.
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        return {**kwargs, "weights_only": kwargs.get("weights_only") is not False}
 
     def after_fit(self) -> None:
         """Evaluate source and merged model."""
@@ -271,6 +284,7 @@ def _run_lightning(args: list[str]) -> None:
             save_config_callback=WriteConfig,
             parser_class=Parser,
             seed_everything_default=0,
+            trainer_defaults={"max_epochs": 2, "num_sanity_val_steps": 0},
             auto_configure_optimizers=False,
         )
 

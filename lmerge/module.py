@@ -131,7 +131,13 @@ class AlphaModule(LightningModule):
             # Alphas come from the checkpoint; refits of an earlier end of training do not.
             return saved or replace(read_run(self.run_dir), refits=None)
         if saved is None:
-            return read_run(self.run_dir)
+            state = read_run(self.run_dir)
+            if state.alphas is None:
+                raise ValueError(
+                    f"run folder {self.run_dir} holds no alphas.json: its fit did not finish. "
+                    "Resume it with `lmerge fit --ckpt_path`, or give `--ckpt_path` here."
+                )
+            return state
         return with_refits_of(self.run_dir, saved)
 
     def prepare(self) -> RunState:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -217,7 +218,9 @@ def read_checkpoint(path: Path) -> RunState:
         ValueError: When the file is not a checkpoint of lmerge.
     """
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)["lmerge"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of other pickle protocols, then refuses
+            saved = torch.load(path, map_location="cpu", weights_only=True)["lmerge"]
         return RunState(
             plan=plan_from_dict(saved["plan"]), orders=saved["orders"], alphas=saved["alphas"]
         )

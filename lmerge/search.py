@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -76,7 +77,7 @@ def repaired_blocks(
         kl = (logp.exp() * (logp - logq)).sum(dim=-1).mean()
         group = Group(members=tuple(range(first, stop)), anchor=first)
         candidates.append(Candidate(group, float(kl)))
-    return sorted(candidates, key=lambda candidate: candidate.kl)
+    return sorted(candidates, key=lambda c: math.inf if math.isnan(c.kl) else c.kl)
 
 
 def _layer_inputs(source: PreTrainedModel, token_BT: Tensor) -> list[Tensor]:
@@ -115,7 +116,7 @@ def _refitted_layer(
     equations = NormalEquations.zeros(down_DF.shape[1], down_DF.shape[0], down_DF.device)
     with capture_down_input(layer) as inputs:
         for x_BTD, y_BTD in zip(input_BTD.split(4), target_BTD.split(4), strict=True):
-            output_BTD = run_span(one, x_BTD.to(one.device))
+            output_BTD = run_span(one, x_BTD.to(one.device)).float()
             y_BTD = y_BTD.to(output_BTD)
             residual_ND = (y_BTD - output_BTD).flatten(0, 1)
             weight_N = position_weights(y_BTD.flatten(0, 1))

@@ -148,7 +148,8 @@ def paired_bootstrap(
     weight_N = _weights(weights, len(a_N))
     sample_S = _resample(a_N - b_N, weight_N, seed=seed, num_samples=num_samples)
     below, above = int((sample_S <= 0).sum()), int((sample_S >= 0).sum())
-    p_value = min(1.0, 2 * (1 + min(below, above)) / (1 + num_samples))
+    # Resampling a single unit says nothing of the spread.
+    p_value = min(1.0, 2 * (1 + min(below, above)) / (1 + num_samples)) if len(a_N) > 1 else 1.0
     value = exact_sum(a_N - b_N) / exact_sum(weight_N)
     return Difference(value, *_percentiles(sample_S), p_value)
 

@@ -1,6 +1,7 @@
 """Mistakes of a user end in one clear line, a non-zero exit and nothing written."""
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,23 @@ def test_validate_without_a_run_says_to_fit_first(
     run_dir = tmp_path / "run"
     args = ("validate", f"--model.source={tiny_dir}", f"--run_dir={run_dir}", "--wandb=disabled")
     expect_error(capsys, run_dir, "lmerge fit", args=args)
+
+
+def test_misspelt_command_gets_a_hint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expect_error(capsys, tmp_path / "run", "fitt", "lmerge fit", args=("fitt",))
+
+
+def test_fit_without_a_config_stops_by_itself(tiny_dir: Path, tmp_path: Path) -> None:
+    options = [o for o in SMALL if "max_steps" not in o]
+    run("fit", f"--model.source={tiny_dir}", f"--run_dir={tmp_path / 'run'}", *options)
+    assert (tmp_path / "run" / "metrics.json").is_file()
+
+
+def test_checkpoint_that_is_a_pickle_is_refused(
+    tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "evil.ckpt"
+    path.write_bytes(pickle.dumps({"lmerge": print}))
+    run_dir = tmp_path / "run"
+    args = ("fit", f"--model.source={tiny_dir}", f"--run_dir={run_dir}", *SMALL)
+    expect_error(capsys, run_dir, "evil.ckpt", args=(*args, f"--ckpt_path={path}"))

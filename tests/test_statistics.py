@@ -230,3 +230,7 @@ def test_equal_models_rarely_look_different() -> None:
 def test_the_exact_sum_does_not_depend_on_the_order() -> None:
     value_N = torch.tensor([1e16, 1.0, -1e16, 3.0, 1e-3], dtype=torch.float64)
     assert exact_sum(value_N) == exact_sum(value_N.flip(0)) == 4.001
+
+
+def test_a_single_unit_is_no_evidence_of_a_difference() -> None:
+    assert paired_bootstrap([1.0], [0.0], seed=0).p_value == 1

@@ -160,3 +160,13 @@ def test_every_granularity_runs_and_reloads(
     fit(tiny_dir, tmp_path / "run", f"--model.alpha.granularity={granularity}")
     first = json.loads((tmp_path / "run" / "metrics.json").read_text())["validate"]["text"]
     assert stage("validate", tmp_path / "run")["text"] == first
+
+
+def test_validate_of_an_unfinished_fit_is_refused(
+    tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(tiny_dir, tmp_path / "run")
+    (tmp_path / "run" / "alphas.json").unlink()
+    with pytest.raises(SystemExit):
+        run("validate", "--config", tmp_path / "run" / "config.yaml")
+    assert "did not finish" in capsys.readouterr().err
