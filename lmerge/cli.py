@@ -233,7 +233,7 @@ def _quiet() -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*recommended to use `devices=1`.*")  # repeats are dropped
+    warnings.filterwarnings("ignore", ".*Using `DistributedSampler` with.*")  # repeats are dropped
     warnings.filterwarnings(
         "ignore", ".*heckpoint directory .* exists and is not empty.*"
     )  # resumed
