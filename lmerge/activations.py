@@ -42,14 +42,9 @@ def layer_states(
     Raises:
         ValueError: When there is no prompt, or an empty one.
     """
-    empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
-    if not prompts or empty:
-        raise ValueError(
-            "`prompts` must hold at least one prompt and no empty one, got "
-            f"{f'an empty one at place {empty[0]}' if empty else 'none'}. Use more questions."
-        )
+    check_prompts(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    batches = _batch_by_length(order, [len(p) for p in prompts], tokens_per_batch)
+    batches = batch_by_length(order, [len(p) for p in prompts], tokens_per_batch)
     pooled = [
         _pooled_states(model, [prompts[i] for i in batch], pooling)
         for batch in track(batches, description, total=len(batches))
@@ -58,7 +53,17 @@ def layer_states(
     return states_LND[:, torch.argsort(torch.tensor(order))]
 
 
-def _batch_by_length(
+def check_prompts(prompts: Sequence[Tensor]) -> None:
+    """Raise ValueError when there is no prompt, or an empty one."""
+    empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
+    if not prompts or empty:
+        raise ValueError(
+            "`prompts` must hold at least one prompt and no empty one, got "
+            f"{f'an empty one at place {empty[0]}' if empty else 'none'}. Use more questions."
+        )
+
+
+def batch_by_length(
     order: Sequence[int], lengths: Sequence[int], tokens_per_batch: int
 ) -> list[list[int]]:
     """Cut prompts in rising length into batches of bounded padded size."""
@@ -81,10 +86,11 @@ def _pooled_states(model: PreTrainedModel, prompts: list[Tensor], pooling: Pooli
             attention_mask=real_BT.long().to(model.device),
             use_cache=False,
         )
-    return torch.stack([_pool(s_BTD, real_BT, pooling) for s_BTD in states])
+    return torch.stack([pool(s_BTD, real_BT, pooling) for s_BTD in states])
 
 
-def _pool(state_BTD: Tensor, real_BT: Tensor, pooling: Pooling) -> Tensor:
+def pool(state_BTD: Tensor, real_BT: Tensor, pooling: Pooling) -> Tensor:
+    """Return one float32 state (B, D) on the CPU for each prompt; padding does not count."""
     state_BTD, real_BT = state_BTD.float(), real_BT.to(state_BTD.device)
     if pooling == "mean":
         total_BD = (state_BTD * real_BT[..., None]).sum(dim=1)

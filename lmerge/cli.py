@@ -242,7 +242,9 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", ".*jsonargparse.*")
 
 
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "similarity": ("lmerge.similarity_study", "run_similarity"),
+}
 """Commands beside fit, validate and test: name -> (module, function), imported when called.
 
 The function's signature gives the options and its docstring their help.

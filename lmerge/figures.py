@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
@@ -13,18 +15,24 @@ from lmerge.plan import MergePlan
 from lmerge.search import Candidate
 
 
-def similarity_figure(matrices: Mapping[str, Tensor], measure: str, plan: MergePlan) -> Figure:
-    """Return heatmaps of layer similarity on one colour scale, the plan's groups framed."""
+def similarity_figure(
+    matrices: Mapping[str, Tensor], measure: str, plan: MergePlan | None = None
+) -> Figure:
+    """Return heatmaps of layer similarity on one colour scale, the plan's groups framed.
+
+    Undefined cells (NaN) are grey and hatched, and the title counts them.
+    """
     columns = min(3, len(matrices))
     rows = -(-len(matrices) // columns)
     figure = Figure(figsize=(4 * columns + 1, 3.6 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    low = min(float(m.min()) for m in matrices.values())
-    high = max(float(m.max()) for m in matrices.values())
+    defined = torch.cat([m[m.isfinite()] for m in matrices.values()])
+    low, high = (float(defined.min()), float(defined.max())) if len(defined) else (0.0, 1.0)
     for axis, (name, matrix_LL) in zip(axes, matrices.items(), strict=False):
         image = axis.imshow(matrix_LL.numpy(), vmin=low, vmax=high, cmap="viridis", origin="lower")
         axis.set(title=name, xlabel="layer", ylabel="layer")
-        for group in plan.groups:
+        _mark_undefined(axis, matrix_LL)
+        for group in plan.groups if plan is not None else ():
             edge, width = group.start - 0.5, len(group.members)
             axis.add_patch(
                 Rectangle((edge, edge), width, width, fill=False, edgecolor="red", linewidth=1.5)
@@ -33,6 +41,17 @@ def similarity_figure(matrices: Mapping[str, Tensor], measure: str, plan: MergeP
         axis.remove()
     figure.colorbar(image, ax=list(axes[: len(matrices)]), label=f"{measure} similarity")
     return figure
+
+
+def _mark_undefined(axis: Axes, matrix_LL: Tensor) -> None:
+    undefined_LL = ~matrix_LL.isfinite()
+    for row, column in undefined_LL.nonzero().tolist():
+        corner = (column - 0.5, row - 0.5)
+        axis.add_patch(
+            Rectangle(corner, 1, 1, facecolor="lightgrey", edgecolor="grey", hatch="////", lw=0)
+        )
+    if undefined_LL.any():
+        axis.set_title(f"{axis.get_title()} ({int(undefined_LL.sum())} undefined)")
 
 
 def matching_figure(before: Mapping[int, Tensor], after: Mapping[int, Tensor]) -> Figure:

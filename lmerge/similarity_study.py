@@ -1,0 +1,321 @@
+"""`lmerge similarity`: layer similarity by domain and language, and how far it differs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from lmerge.activations import Pooling, layer_states
+from lmerge.agreement import Agreement, agreement, percentiles, resample_matrices, split_half
+from lmerge.data.batching import sample_prompts
+from lmerge.data.questions import fingerprint, load_questions, resolve_domains
+from lmerge.figures import save, similarity_figure
+from lmerge.files import atomic_folder, provenance, write_json, write_text
+from lmerge.information import InformationConfig
+from lmerge.progress import track
+from lmerge.similarity import Measure, similarity_matrix
+from lmerge.source import Dtype, load_model, load_tokenizer, model_fingerprint, resolve_source
+from lmerge.statistics import Interval
+from lmerge.streamed import streamed_states
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = 1
+RESULT = "similarity.json"
+NUM_SPLITS = 20
+"""Splits of the prompts in two halves that a split-half correlation is averaged over."""
+
+STUDY_DOMAINS = ["medical", "legal", "math", "cs", "humanities"]
+ENGLISH = ["en"]
+ANGULAR: list[Measure] = ["angular"]
+
+
+class Row(NamedTuple):
+    """The agreement of two groups by one measure."""
+
+    measure: Measure
+    a: str
+    b: str
+    agreement: Agreement
+    interval: Interval | None
+    """Of Pearson's correlation off the diagonal, over prompts; None where it is unknown."""
+    half: float | None
+    """Mean correlation of a's matrix and b's from disjoint halves of the prompts."""
+    half_within: float | None
+    """The same for a with itself and b with itself, averaged: what agreement could reach."""
+
+
+def run_similarity(
+    source: str = "smollm2-135m",
+    out_dir: Path = Path("runs/similarity"),
+    questions: str = "bank",
+    domains: list[str] = STUDY_DOMAINS,
+    languages: list[str] = ENGLISH,
+    translated: list[str] | None = None,
+    measures: list[Measure] = ANGULAR,
+    information: InformationConfig = InformationConfig(),  # noqa: B008 - frozen
+    num_prompts: int = 40,
+    pooling: Pooling = "last",
+    num_bootstrap: int = 200,
+    streamed: bool = False,
+    dtype: Dtype = "auto",
+    seed: int = 0,
+    overwrite: bool = False,
+) -> None:
+    """Compare the layer similarity of domains and languages, with intervals over prompts.
+
+    Args:
+        source: Model: hub id, local folder, GGUF file or alias.
+        out_dir: Folder for matrices, figures and tables.
+        questions: Where the questions are, as in `fit --data.questions`; val is read.
+        domains: Domains to compare.
+        languages: ISO 639-1 codes of the languages to compare.
+        translated: Domains that are taken in every language; the others in the first language
+            alone. Null takes all in every language.
+        measures: Layer similarities; one grid of heatmaps for each.
+        information: Options of `npib`, `gaussian_nmi` and `gaussian_nmi_bounded`.
+        num_prompts: Prompts of each domain and language; at least 1.
+        pooling: Which token's state stands for a prompt.
+        num_bootstrap: Resamples of the prompts; 0 for no intervals, otherwise at least 20.
+        streamed: Whether each layer is read from the disk in turn, for models larger than memory;
+            needs a local folder.
+        dtype: Dtype of the weights; `auto` keeps the checkpoint's (float32 where streamed).
+        seed: Seed of the samples; at least 0.
+        overwrite: Whether an earlier result in `out_dir` may be replaced.
+    """
+    settings = {**locals(), "information": asdict(information)}
+    del settings["out_dir"], settings["overwrite"]
+    _check(measures, num_prompts=num_prompts, num_bootstrap=num_bootstrap, seed=seed)
+    _check_folder(out_dir, overwrite=overwrite)
+    prompts, texts_fingerprint = _prompts(
+        questions, domains, languages, translated, source, num_prompts, seed
+    )
+    with atomic_folder(out_dir, overwrite=overwrite) as folder:
+        states, model = _states(source, prompts, pooling, dtype, streamed=streamed)
+        rows, undefined = [], {}
+        for measure in measures:
+            matrices = _write_matrices(folder, states, measure, information)
+            undefined[measure] = {n: int((~m.isfinite()).sum()) for n, m in matrices.items()}
+            rows += _rows(states, matrices, measure, information, num_bootstrap, seed)
+        write_text(folder / "correlations.csv", table_csv(rows))
+        write_text(folder / "correlations.md", table_markdown(rows))
+        data = {
+            "model": model,
+            "questions": texts_fingerprint,
+            "num_prompts": {name: len(group) for name, group in prompts.items()},
+            "undefined_cells": undefined,
+            "correlations": [_record(row) for row in rows],
+            "settings": settings,
+            "provenance": provenance(),
+        }
+        write_json(folder / RESULT, data, schema=SCHEMA)
+    Console(soft_wrap=True).print(table_markdown(rows), markup=False, highlight=False)
+
+
+def _check(measures: Sequence[Measure], **numbers: int) -> None:
+    unknown = [name for name in measures if name not in get_args(Measure)]
+    if not measures or unknown:
+        raise ValueError(
+            f"`measures` must be some of {', '.join(get_args(Measure))}, got "
+            f"{unknown[0] if unknown else 'none'}; use these names."
+        )
+    for name, low in {"num_prompts": 1, "num_bootstrap": 0, "seed": 0}.items():
+        if numbers[name] < low:
+            raise ValueError(f"`{name}` must be at least {low}, got {numbers[name]}; raise it.")
+    if 0 < numbers["num_bootstrap"] < 20:
+        raise ValueError(
+            f"`num_bootstrap` must be 0 or at least 20, got {numbers['num_bootstrap']}; raise it."
+        )
+
+
+def _check_folder(out_dir: Path, *, overwrite: bool) -> None:
+    if not out_dir.exists():
+        return
+    if not overwrite:
+        raise ValueError(
+            f"`out_dir` must be free, got {out_dir}, which exists. Choose another folder, or "
+            "replace it with `--overwrite=true`."
+        )
+    if not (out_dir / RESULT).is_file():
+        raise ValueError(
+            f"`out_dir` may be replaced only where it holds {RESULT}, got {out_dir} without one. "
+            "Choose another folder."
+        )
+
+
+def _prompts(
+    questions: str,
+    domains: Sequence[str],
+    languages: Sequence[str],
+    translated: Sequence[str] | None,
+    source: str,
+    num_prompts: int,
+    seed: int,
+) -> tuple[dict[str, list[Tensor]], str]:
+    """Return the prompts of each group by `domain/language`, and the questions' fingerprint."""
+    for name in translated or ():
+        if name not in domains:
+            raise ValueError(f"`translated` must name some of `domains`, got {name!r}; add it.")
+    found = load_questions(questions, "val", languages)
+    subjects = resolve_domains(domains, None, {question.subject for question in found})
+    sampled = sample_prompts(
+        found, subjects, load_tokenizer(source), num_prompts=num_prompts, seed=seed
+    )
+    kept = {
+        f"{domain}/{language}": prompts
+        for (domain, language), prompts in sampled.items()
+        if translated is None or domain in translated or language == languages[0]
+    }
+    return kept, fingerprint(found)
+
+
+def _states(
+    source: str,
+    prompts: Mapping[str, list[Tensor]],
+    pooling: Pooling,
+    dtype: Dtype,
+    *,
+    streamed: bool,
+) -> tuple[dict[str, Tensor], str]:
+    """Return (L, N, D) of each group, from one pass over all prompts, and the model's name."""
+    everything = [prompt for group in prompts.values() for prompt in group]
+    if streamed:
+        folder = resolve_source(source)
+        if not isinstance(folder, Path) or not folder.is_dir():
+            raise ValueError(
+                f"`streamed` needs a local folder as `source`, got {source!r}. Download it first."
+            )
+        kind = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+        states_LND = streamed_states(folder, everything, pooling=pooling, dtype=kind)
+        name = folder.name
+    else:
+        model = load_model(source, dtype)
+        states_LND = layer_states(model, everything, pooling=pooling)
+        name = model_fingerprint(model)
+    parts = states_LND.split([len(group) for group in prompts.values()], dim=1)
+    return dict(zip(prompts, parts, strict=True)), name
+
+
+def _write_matrices(
+    folder: Path, states: Mapping[str, Tensor], measure: Measure, information: InformationConfig
+) -> dict[str, Tensor]:
+    matrices = {
+        name: similarity_matrix(x_LND, measure, information, allow_undefined=True)
+        for name, x_LND in states.items()
+    }
+    for name, matrix_LL in matrices.items():
+        undefined = int((~matrix_LL.isfinite()).sum())
+        if undefined:
+            logger.warning("%s: %d cells of %s are undefined", measure, undefined, name)
+        path = folder / measure / f"{name.replace('/', '-')}.npy"
+        path.parent.mkdir(exist_ok=True)
+        np.save(path, matrix_LL.numpy(), allow_pickle=False)
+    save(similarity_figure(matrices, measure), folder / f"{measure}.png")
+    return matrices
+
+
+def _rows(
+    states: Mapping[str, Tensor],
+    matrices: Mapping[str, Tensor],
+    measure: Measure,
+    information: InformationConfig,
+    num_bootstrap: int,
+    seed: int,
+) -> list[Row]:
+    matrix = partial(_matrix, measure=measure, information=information)
+    pairs = list(combinations(matrices, 2))
+    samples: dict[tuple[str, str], list[float]] = {pair: [] for pair in pairs}
+    halves: dict[tuple[str, str], list[float]] = {}
+    try:
+        for s in track(range(num_bootstrap), f"bootstrap {measure}", total=num_bootstrap):
+            drawn = resample_matrices(
+                states, matrix, seed=seed * 1_000_003 + s, halves=measure == "npib"
+            )
+            for a, b in pairs:
+                samples[a, b].append(agreement(drawn[a], drawn[b]).pearson_upper)
+        for s in range(NUM_SPLITS if num_bootstrap else 0):
+            for pair, value in split_half(states, matrix, seed=seed * 1_000_003 + s).items():
+                halves.setdefault(pair, []).append(value)
+    except ValueError as error:
+        logger.warning("%s: no intervals: %s", measure, error)
+    mean = {pair: _mean(values) for pair, values in halves.items()}
+    return [
+        Row(
+            measure,
+            a,
+            b,
+            agreement(matrices[a], matrices[b]),
+            percentiles(samples[a, b]),
+            mean.get((a, b)),
+            _mean([mean.get((a, a)), mean.get((b, b))]),
+        )
+        for a, b in pairs
+    ]
+
+
+def _matrix(states_LND: Tensor, *, measure: Measure, information: InformationConfig) -> Tensor:
+    return similarity_matrix(states_LND, measure, information, allow_undefined=True)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    finite = [value for value in values if value is not None and np.isfinite(value)]
+    return sum(finite) / len(finite) if finite else None
+
+
+def _record(row: Row) -> dict[str, Any]:
+    numbers = {k: v if np.isfinite(v) else None for k, v in row.agreement._asdict().items()}
+    interval = {"low": None, "high": None} if row.interval is None else row.interval._asdict()
+    return {
+        "measure": row.measure,
+        "a": row.a,
+        "b": row.b,
+        **numbers,
+        **interval,
+        "half": row.half,
+        "half_within": row.half_within,
+    }
+
+
+def table_csv(rows: Sequence[Row]) -> str:
+    """Return the correlations as CSV; an empty cell is an undefined number."""
+    records = [_record(row) for row in rows]
+    names = list(records[0]) if records else ["measure", "a", "b"]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
+
+
+def table_markdown(rows: Sequence[Row]) -> str:
+    """Return the correlations as a Markdown table."""
+    head = (
+        "measure | a | b | Pearson, full | Spearman, full | Pearson, off-diagonal | 95% | "
+        "Spearman, off-diagonal | halves | halves, within | undefined"
+    )
+    lines = [f"| {head} |", "|" + "---|" * 11]
+    for row in rows:
+        found = row.agreement
+        between = "-" if row.interval is None else "{:.3f} to {:.3f}".format(*row.interval)
+        cells = [row.measure, row.a, row.b]
+        cells += [_show(found.pearson_full), _show(found.spearman_full)]
+        cells += [_show(found.pearson_upper), between, _show(found.spearman_upper)]
+        cells += [_show(row.half), _show(row.half_within), str(found.num_undefined)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _show(value: float | None) -> str:
+    return "-" if value is None or not np.isfinite(value) else f"{value:.4f}"
