@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,21 @@ NEURON_AXIS: dict[str, int] = {
 }
 """Axis that a permutation of the MLP neurons moves."""
 
+NEURON_SCALE: dict[str, int] = {"up_proj": 1, "up_proj.bias": 1, "down_proj": -1}
+"""Power of c by which a matrix is multiplied when a neuron's up row is scaled by c."""
+
+QUERY_AXIS: dict[str, int] = {"q_proj": 0, "q_proj.bias": 0, "o_proj": 1}
+"""Axis that a permutation of the query heads moves."""
+
+GROUP_AXIS: dict[str, int] = {"k_proj": 0, "k_proj.bias": 0, "v_proj": 0, "v_proj.bias": 0}
+"""Axis that a permutation of the key/value heads moves; their query heads go with them."""
+
+VALUE_BASIS: dict[str, int] = {"v_proj": 1, "v_proj.bias": 1, "o_proj": -1}
+"""Where a change of the value basis acts (1), and where its inverse does (-1)."""
+
+ROTARY_SCALE: dict[str, int] = {"q_proj": 1, "q_proj.bias": 1, "k_proj": -1, "k_proj.bias": -1}
+"""Power of the scale of a rotary pair; all four turn by the same angle."""
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -94,6 +109,21 @@ def head_dim(config: PretrainedConfig) -> int:
         config.hidden_size // config.num_attention_heads
     )
     return width
+
+
+class HeadSpec(NamedTuple):
+    """How a layer's attention is cut into heads."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+def head_spec(config: PretrainedConfig) -> HeadSpec:
+    """Return the numbers of query and key/value heads, and their width."""
+    num_heads: int = config.num_attention_heads
+    num_kv_heads: int = getattr(config, "num_key_value_heads", None) or num_heads
+    return HeadSpec(num_heads, num_kv_heads, head_dim(config))
 
 
 def layer_tensors(layer: nn.Module) -> LayerTensors:
