@@ -38,6 +38,9 @@ ORDER = (
     "repair",
     "search",
     "runs",
+    "alpha_files",
+    "losses",
+    "objective",
     "evaluate",
     "cost",
     "results",
@@ -45,6 +48,8 @@ ORDER = (
     "export",
     "module",
     "callbacks",
+    "trials",
+    "sweep",
     "cli",
 )
 
