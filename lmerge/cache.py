@@ -5,14 +5,20 @@ Nothing below the first merged layer depends on the alphas, and nothing of the s
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lmerge.llama import embed, num_layers, run_span, span
 from lmerge.progress import track
+from lmerge.source import model_fingerprint
+
+GIB = 2**30
 
 
 class StateCache(NamedTuple):
@@ -45,3 +51,60 @@ def cache_states(
         prefixes.append(prefix_BTD.cpu())
         finals.append(run_span(above, prefix_BTD).cpu())
     return StateCache(torch.cat(prefixes), torch.cat(finals))
+
+
+def keep_states(
+    source: PreTrainedModel, token_BT: Tensor, first_merged: int, *, folder: Path, memory: float
+) -> StateCache:
+    """Return the states of `cache_states`, in memory or mapped from files of raw numbers.
+
+    Files of the same source, blocks and first merged layer are used again; one process computes
+    while the others wait.
+
+    Args:
+        source: The source model.
+        token_BT: Calibration blocks, unpadded.
+        first_merged: Index of the first merged layer.
+        folder: Where the files go.
+        memory: States larger than this many GiB are mapped from disk.
+    """
+    shape = (*token_BT.shape, int(source.config.hidden_size))
+    size = 2 * token_BT.numel() * shape[-1] * source.dtype.itemsize
+    if size <= memory * GIB:
+        return cache_states(source, token_BT, first_merged)
+    digest = hashlib.sha256(token_BT.cpu().numpy().tobytes())
+    digest.update(f"{model_fingerprint(source)} {source.dtype} {first_merged} {shape}".encode())
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{digest.hexdigest()[:16]}.{name}" for name in StateCache._fields]
+    with FileLock(paths[0].with_suffix(".lock")):
+        if not all(path.is_file() for path in paths):
+            _write_states(source, token_BT, first_merged, paths, shape)
+    return StateCache(*(_mapped(path, shape, source.dtype) for path in paths))
+
+
+@torch.no_grad()
+def _write_states(
+    source: PreTrainedModel,
+    token_BT: Tensor,
+    first_merged: int,
+    paths: list[Path],
+    shape: tuple[int, ...],
+) -> None:
+    """Write the states batch by batch, so that no more than a batch is in memory."""
+    below = span(source, 0, first_merged)
+    above = span(source, first_merged, num_layers(source), final_norm=True)
+    partial = [path.with_name(path.name + ".partial") for path in paths]
+    mapped = [_mapped(path, shape, source.dtype) for path in partial]
+    starts = range(0, len(token_BT), 4)
+    for start in track(starts, "calibration states", total=len(starts)):
+        rows = slice(start, start + 4)
+        prefix_BTD = run_span(below, embed(source, token_BT[rows].to(source.device)))
+        mapped[0][rows].copy_(prefix_BTD)
+        mapped[1][rows].copy_(run_span(above, prefix_BTD))
+    for path, wanted in zip(partial, paths, strict=True):
+        path.rename(wanted)  # a file of this name is whole
+
+
+def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    flat = torch.from_file(str(path), shared=True, size=torch.Size(shape).numel(), dtype=dtype)
+    return flat.view(shape)

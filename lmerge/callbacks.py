@@ -124,6 +124,14 @@ class Artefacts(Callback):
             write_refits(module.run_dir, refits, alphas)
 
     @rank_zero_only
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        module = _module(pl_module)
+        if module.last_good is not None and isinstance(exception, ValueError):
+            write_alphas(module.run_dir, module.merged.plan, module.last_good)
+
+    @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "validate":
             finish_evaluation(trainer, _module(pl_module), "validate")

@@ -42,6 +42,7 @@ OWN_FILES = (
     "checkpoints",
     "logs",
     "model",
+    "cache",
 )
 """What a run leaves in its folder; a new run in the same folder starts by removing it."""
 

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from lmerge.align import Orders, reorder_neurons
-from lmerge.alphas import AlphaConfig, Alphas, start_alphas, to_free, to_shares
+from lmerge.alphas import AlphaConfig, Alphas, spread, start_alphas, to_free, to_shares
 from lmerge.llama import (
     MATRICES,
     LayerTensors,
@@ -136,12 +136,20 @@ class MergedLlama(nn.Module):
         plan: Groups of source layers that become one.
         orders: Neuron orders by source layer, from the alignment; missing ones are left as is.
         config: What the alphas can express and where they start.
+        similarity_LL: Layer similarity, for the starts that need it.
     """
 
     def __init__(
-        self, source: PreTrainedModel, plan: MergePlan, orders: Orders, config: AlphaConfig
+        self,
+        source: PreTrainedModel,
+        plan: MergePlan,
+        orders: Orders,
+        config: AlphaConfig,
+        similarity_LL: Tensor | None = None,
     ) -> None:
         super().__init__()
+        self.config = config
+        self.head_dim = head_dim(source.config)
         assert plan.num_layers == num_layers(source)
         source.requires_grad_(False)
         self.plan = plan
@@ -150,7 +158,7 @@ class MergedLlama(nn.Module):
         for index, origin in enumerate(plan.origins()):
             layer = with_layer_index(decoder_layers(source)[origin], index)
             if origin in groups:
-                layer = _merged_layer(source, layer, groups[origin], orders, config)
+                layer = _merged_layer(source, layer, groups[origin], orders, config, similarity_LL)
             layers.append(layer)
         self.causal_lm = with_layers(source, layers, plan.origins())
 
@@ -187,6 +195,19 @@ class MergedLlama(nn.Module):
             for name, parameter in layer.free.items():
                 parameter.copy_(free[name])
 
+    def spread_alphas(self, alphas: Sequence[Alphas]) -> None:
+        """Set the alphas of each group from alphas of an equal or coarser granularity.
+
+        Raises:
+            ValueError: When they are finer than the configured granularity.
+        """
+        grain, width = self.config.granularity, self.head_dim
+        fine = [
+            spread(group, grain, layer.stacked(), head_dim=width)
+            for layer, group in zip(self.merged_layers(), alphas, strict=True)
+        ]
+        self.set_alphas(fine)
+
     def refits(self) -> list[dict[str, Tensor]]:
         """Return the refitted matrices of each group."""
         return [dict(layer.refits) for layer in self.merged_layers()]
@@ -216,7 +237,12 @@ class MergedLlama(nn.Module):
 
 
 def _merged_layer(
-    source: PreTrainedModel, template: nn.Module, group: Group, orders: Orders, config: AlphaConfig
+    source: PreTrainedModel,
+    template: nn.Module,
+    group: Group,
+    orders: Orders,
+    config: AlphaConfig,
+    similarity_LL: Tensor | None,
 ) -> MergedLayer:
     members = members_in_one_frame(
         [layer_tensors(decoder_layers(source)[i]) for i in group.members],
@@ -224,7 +250,13 @@ def _merged_layer(
         group.anchor_position,
     )
     stacked = stack_layers(members)
-    alphas = start_alphas(config, stacked, group.anchor_position, head_dim=head_dim(source.config))
+    alphas = start_alphas(
+        config,
+        stacked,
+        group,
+        head_dim=head_dim(source.config),
+        similarity_LL=similarity_LL,
+    )
     device = stacked["q_proj"].device
     free = {n: a.to(device) for n, a in to_free(alphas, simplex=config.simplex).items()}
     return MergedLayer(template, stacked, group.anchor_position, free, simplex=config.simplex)

@@ -11,16 +11,18 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lmerge.activations import Pooling, layer_states
-from lmerge.alphas import AlphaConfig
-from lmerge.cache import StateCache, cache_states
+from lmerge.alpha_files import load_alphas
+from lmerge.alphas import NEEDS_SIMILARITY, AlphaConfig, Alphas
+from lmerge.cache import StateCache, keep_states
 from lmerge.data.module import MMLUDataModule
 from lmerge.data.records import ChoiceBatch, TextBatch
 from lmerge.evaluate import Evaluation
-from lmerge.llama import lm_logits, num_layers, run_span, span
+from lmerge.llama import num_layers
+from lmerge.losses import LossConfig, letter_prompts
 from lmerge.merged import MergedLlama
+from lmerge.objective import Objective
 from lmerge.plan import MergePlan, PlanMethod, check_num_removed, check_plan, make_plan
 from lmerge.runs import (
     RunState,
@@ -49,7 +51,12 @@ class AlphaModule(LightningModule):
         measure: Layer similarity that the plan is made on.
         pooling: Which token's state stands for a calibration prompt.
         alpha: What the alphas can express and where they start.
+        loss: What the alphas are trained on.
         num_positions: Positions of each calibration block that the KL loss looks at; 0 is all.
+        cache_dir: Folder where the source's states on the calibration blocks are kept on disk, for
+            other runs too; null for the run's own.
+        cache_memory: States up to this size stay in memory, larger ones are mapped from disk; in
+            GiB, at least 0. With `cache_dir` they are always on disk.
         dtype: Dtype of the weights; `auto` keeps the checkpoint's.
         optimizer: Optimiser of the alphas.
         lr_scheduler: Learning-rate scheduler, stepped after each optimiser step.
@@ -68,7 +75,10 @@ class AlphaModule(LightningModule):
         measure: Measure = "angular",
         pooling: Pooling = "last",
         alpha: AlphaConfig = AlphaConfig(),  # noqa: B008 - frozen
+        loss: LossConfig = LossConfig(),  # noqa: B008 - frozen
         num_positions: int = 64,
+        cache_dir: str | None = None,
+        cache_memory: float = 8.0,
         dtype: Dtype = "auto",
         optimizer: OptimizerCallable = torch.optim.Adam,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -78,6 +88,8 @@ class AlphaModule(LightningModule):
         super().__init__()
         if num_positions < 0:
             raise ValueError(f"`num_positions` must be at least 0, got {num_positions}.")
+        if not cache_memory >= 0:
+            raise ValueError(f"`cache_memory` must be at least 0 GiB, got {cache_memory}. Try 8.")
         self.source_name = source
         self.num_removed = num_removed
         self.plan_path = Path(plan) if plan else None
@@ -85,7 +97,10 @@ class AlphaModule(LightningModule):
         self.measure = measure
         self.pooling = pooling
         self.alpha = alpha
+        self.loss = loss
         self.num_positions = num_positions
+        self.cache_dir = Path(cache_dir) if cache_dir else None
+        self.cache_memory = cache_memory
         self.dtype_name = dtype
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -97,7 +112,8 @@ class AlphaModule(LightningModule):
         self.state: RunState | None = None
         self._ready = False
         self._cache: StateCache | None = None
-        self._suffix: tuple[PreTrainedModel, ...] = ()
+        self._objective: Objective | None = None
+        self.last_good: list[Alphas] | None = None
 
     # Preparation: source, plan, then (in the callback) orders.
 
@@ -161,17 +177,7 @@ class AlphaModule(LightningModule):
 
     def _make_plan(self) -> MergePlan:
         data = self.data()
-        states = {
-            "/".join(key): layer_states(
-                self.source, prompts, pooling=self.pooling, description=f"states {'/'.join(key)}"
-            )
-            for key, prompts in data.calibration_prompts().items()
-        }
-        self.similarity_LL = {
-            name: similarity_matrix(states_LND, self.measure) for name, states_LND in states.items()
-        }
-        everything_LND = torch.cat(list(states.values()), dim=1)
-        self.similarity_LL["all"] = similarity_matrix(everything_LND, self.measure)
+        self._measure_similarity()
         provenance = {
             "source": model_fingerprint(self.source),
             "calibration": data.fingerprints["val"],
@@ -190,6 +196,27 @@ class AlphaModule(LightningModule):
             **provenance,
         )
 
+    def _measure_similarity(self) -> None:
+        states = {
+            "/".join(key): layer_states(
+                self.source, prompts, pooling=self.pooling, description=f"states {'/'.join(key)}"
+            )
+            for key, prompts in self.data().calibration_prompts().items()
+        }
+        self.similarity_LL = {
+            name: similarity_matrix(states_LND, self.measure) for name, states_LND in states.items()
+        }
+        everything_LND = torch.cat(list(states.values()), dim=1)
+        self.similarity_LL["all"] = similarity_matrix(everything_LND, self.measure)
+
+    def _start_similarity(self) -> Tensor | None:
+        """Return the similarity that the alphas start from, equal on all processes."""
+        if self.alpha.start not in NEEDS_SIMILARITY or self.prepare().alphas is not None:
+            return None
+        if self.trainer.is_global_zero and not self.similarity_LL:
+            self._measure_similarity()
+        return self.trainer.strategy.broadcast(self.similarity_LL.get("all"))
+
     def data(self) -> MMLUDataModule:
         """Return the trainer's data module."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -200,9 +227,13 @@ class AlphaModule(LightningModule):
         if hasattr(self, "merged"):
             return
         state = self.prepare()
-        self.merged = MergedLlama(self.source, state.plan, state.orders, self.alpha)
+        similarity_LL = self._start_similarity()
+        merged = MergedLlama(self.source, state.plan, state.orders, self.alpha, similarity_LL)
+        self.merged = merged
         if state.alphas is not None:
             self.merged.set_alphas(state.alphas)
+        elif self.alpha.path is not None:
+            self.merged.spread_alphas(load_alphas(Path(self.alpha.path), state.plan))
         if state.refits is not None:
             self.merged.set_refits(state.refits)
 
@@ -219,38 +250,50 @@ class AlphaModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_fit_start(self) -> None:
-        self.cache()
-        top = num_layers(self.merged.causal_lm)
-        # In a tuple, so that its shared modules are not registered a second time.
-        self._suffix = (
-            span(self.merged.causal_lm, self.merged.first_merged, top, final_norm=True),
+        data, letters = self.data(), None
+        if self.loss.answer:
+            letters = letter_prompts(data.questions, data.tokenizer)
+        self._objective = Objective(
+            self.source,
+            self.merged,
+            self.cache(),
+            self.loss,
+            num_positions=self.num_positions,
+            seed=self.seed,
+            letters=letters,
         )
 
     def cache(self) -> StateCache:
         """Return the source's states on the calibration blocks, computed at the first call."""
         if self._cache is None:
-            blocks_BT = self.data().calibration_blocks()
-            self._cache = cache_states(self.source, blocks_BT, self.merged.first_merged)
+            self._cache = keep_states(
+                self.source,
+                self.data().calibration_blocks(),
+                self.merged.first_merged,
+                folder=self.cache_dir or self.run_dir / "cache",
+                memory=0.0 if self.cache_dir else self.cache_memory,
+            )
         return self._cache
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Return KL(source || merged) in nats a token, over sampled positions of the blocks."""
-        cache, index_B = self.cache(), batch["index"].cpu()
-        states_BTD = run_span(self._suffix[0], cache.prefix_BTD[index_B].to(self.device))
-        final_BTD = cache.final_BTD[index_B].to(self.device)
-        place_P = self._positions(states_BTD.shape[1])
-        with torch.no_grad():
-            logp = lm_logits(self.source, final_BTD[:, place_P]).float().log_softmax(dim=-1)
-        logq = lm_logits(self.source, states_BTD[:, place_P]).float().log_softmax(dim=-1)
-        loss = (logp.exp() * (logp - logq)).sum(dim=-1).mean()
-        self.log("train/kl", loss, prog_bar=True, batch_size=len(index_B))
-        return loss
+        """Return the weighted sum of the losses.
 
-    def _positions(self, length: int) -> Tensor:
-        if not 0 < self.num_positions < length:
-            return torch.arange(length, device=self.device)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.global_step)
-        return torch.randperm(length, generator=generator)[: self.num_positions].to(self.device)
+        Raises:
+            ValueError: When it is not finite; `last_good` are the alphas before.
+        """
+        assert self._objective is not None
+        parts = self._objective(batch["index"].cpu(), self.global_step)
+        for name, value in parts.items():
+            self.log(
+                f"train/{name}", value, prog_bar=name == "loss", batch_size=len(batch["index"])
+            )
+        if not parts["loss"].isfinite():
+            raise ValueError(
+                f"the loss must be finite, got {float(parts['loss'])} in step {self.global_step}. "
+                "The last good alphas are kept in alphas.json; lower the learning rate."
+            )
+        self.last_good = self.merged.alphas()
+        return parts["loss"]
 
     def on_train_epoch_end(self) -> None:
         for parameter in self.merged.alpha_parameters().values():

@@ -17,12 +17,16 @@ from lmerge.alphas import (
     to_shares,
 )
 from lmerge.llama import ALPHA_AXIS, MATRICES, decoder_layers, head_dim, layer_tensors, stack_layers
+from lmerge.plan import Group
 
 GRANULARITIES = get_args(Granularity)
 CONFIGS = [
     AlphaConfig(granularity=granularity, start=start, simplex=simplex)
     for granularity, start, simplex in product(GRANULARITIES, STARTS, (False, True))
 ]
+SIMILARITY_LL = torch.tensor(
+    [[1.0, 0.8, 0.5, 0.1], [0.8, 1.0, 0.7, 0.3], [0.5, 0.7, 1.0, 0.6], [0.1, 0.3, 0.6, 1.0]]
+)
 HEADS = {"q_proj": 4, "k_proj": 2, "v_proj": 2, "o_proj": 4}
 
 
@@ -30,7 +34,9 @@ def start(config: AlphaConfig, name: str = "llama", anchor: int = 1) -> Alphas:
     """The alphas that a group of three layers of a tiny model starts from."""
     model = tiny_variant(name)
     stacked = stack_layers([layer_tensors(layer) for layer in decoder_layers(model)[:3]])
-    return start_alphas(config, stacked, anchor, head_dim=head_dim(model.config))
+    group = Group(members=(0, 1, 2), anchor=anchor)
+    width = head_dim(model.config)
+    return start_alphas(config, stacked, group, head_dim=width, similarity_LL=SIMILARITY_LL)
 
 
 def describe(config: AlphaConfig) -> str:
@@ -38,7 +44,7 @@ def describe(config: AlphaConfig) -> str:
 
 
 def test_table_has_every_start() -> None:
-    assert set(STARTS) == set(get_args(Start))
+    assert {*STARTS, "file"} == set(get_args(Start))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=describe)

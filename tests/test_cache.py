@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import tiny_model
@@ -5,7 +7,7 @@ from models import NUM_LAYERS, VARIANTS, logits, tiny_variant, tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lmerge.cache import cache_states
+from lmerge.cache import cache_states, keep_states
 from lmerge.llama import decoder_layers, lm_logits
 
 PLACES = range(NUM_LAYERS + 1)
@@ -58,3 +60,26 @@ def test_states_keep_the_dtype_of_the_source() -> None:
 
 def test_states_carry_no_gradient() -> None:
     assert not any(states.requires_grad for states in cache_states(tiny_model(), tokens(), 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_mapped_from_disk_are_those_in_memory(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, blocks_BT = tiny_model().to(dtype), tokens(7)
+    kept = [keep_states(model, blocks_BT, 2, folder=tmp_path, memory=m) for m in (1.0, 0.0, 0.0)]
+    for states in zip(*kept, strict=True):
+        assert torch.equal(states[0], states[1])
+        assert torch.equal(states[1], states[2])
+
+
+def test_mapped_states_are_computed_once_and_belong_to_their_source(tmp_path: Path) -> None:
+    for seed, expected in ((0, 2), (0, 2), (1, 4)):
+        keep_states(tiny_model(seed), tokens(3), 2, folder=tmp_path, memory=0.0)
+        assert (
+            len([p for p in tmp_path.iterdir() if p.suffix in (".prefix_BTD", ".final_BTD")])
+            == expected
+        )
+
+
+def test_states_that_fit_leave_no_file(tmp_path: Path) -> None:
+    keep_states(tiny_model(), tokens(3), 2, folder=tmp_path / "none", memory=1.0)
+    assert not (tmp_path / "none").exists()

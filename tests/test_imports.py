@@ -43,6 +43,9 @@ ORDER = (
     "repair",
     "search",
     "runs",
+    "alpha_files",
+    "losses",
+    "objective",
     "evaluate",
     "cost",
     "results",
@@ -51,6 +54,8 @@ ORDER = (
     "similarity_study",
     "module",
     "callbacks",
+    "trials",
+    "sweep",
     "cli",
 )
 

@@ -21,6 +21,7 @@ from lmerge.llama import (
     with_tensors,
 )
 from lmerge.merge import blend, expand_alpha, fold_norms, merge_group, reference_norms
+from lmerge.plan import Group
 
 EQUATIONS = {0: ("g,goi->oi", "go,goi->oi"), 1: ("g,goi->oi", "gi,goi->oi")}
 NEURON, HEAD = AlphaConfig(granularity="neuron"), AlphaConfig(granularity="head")
@@ -187,7 +188,8 @@ def test_alpha_of_a_head_holds_for_all_its_rows() -> None:
 def alphas_of(
     config: AlphaConfig, stacked: LayerTensors, model: PreTrainedModel
 ) -> dict[str, Tensor]:
-    alphas = start_alphas(config, stacked, 0, head_dim=head_dim(model.config))
+    group = Group(members=tuple(range(len(stacked["q_proj"]))), anchor=0)
+    alphas = start_alphas(config, stacked, group, head_dim=head_dim(model.config))
     return dict.fromkeys(MATRICES, alphas["layer"]) if "layer" in alphas else alphas
 
 

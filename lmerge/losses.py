@@ -1,0 +1,193 @@
+"""What the alphas are trained on: a weighted sum of losses, each a function of tensors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lmerge.data.prompts import prompt_text
+from lmerge.data.records import Question
+from lmerge.data.tokens import encode, letter_ids
+from lmerge.llama import embed, lm_logits, run_span, span
+from lmerge.plan import MergePlan
+from lmerge.progress import track
+
+LossName = Literal["kl", "state", "answer"]
+
+LOSS_NAMES: tuple[LossName, ...] = ("kl", "state", "answer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights of the losses whose sum the alphas minimise; 0 leaves one out, and its cost."""
+
+    kl: float = 1.0
+    """KL from the source's next-token distribution, in nats a token; needs no labels."""
+    state: float = 0.0
+    """Relative squared error of each group's output state, given the source's own input; local,
+    so the layers above are not run."""
+    answer: float = 0.0
+    """Cross-entropy on the answer letter of validation questions, in nats. Accuracy on those
+    questions then says nothing; measure it on others."""
+    num_top: int = 0
+    """Most probable tokens of the source that `kl` compares one by one, the others as one
+    remainder; 0 compares all. The truncated KL is at most the exact one."""
+    num_questions: int = 4
+    """Questions that `answer` looks at in a step; at least 1."""
+
+    def __post_init__(self) -> None:
+        weights = [getattr(self, name) for name in LOSS_NAMES]
+        if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
+            raise ValueError(
+                f"the weights `loss.kl`, `loss.state` and `loss.answer` must be finite and at "
+                f"least 0, and one above 0, got {weights}. Use kl 1 alone to start with."
+            )
+        if self.num_top < 0 or self.num_questions < 1:
+            raise ValueError(
+                f"`loss.num_top` must be at least 0 and `loss.num_questions` at least 1, got "
+                f"{self.num_top} and {self.num_questions}. Raise them."
+            )
+
+
+def exact_kl(source_NV: Tensor, merged_NV: Tensor) -> Tensor:
+    """Return KL(source || merged) in nats, mean over positions, from logits; float32 sums."""
+    logp_NV = source_NV.float().log_softmax(dim=-1)
+    logq_NV = merged_NV.float().log_softmax(dim=-1)
+    return (logp_NV.exp() * (logp_NV - logq_NV)).sum(dim=-1).mean()
+
+
+class TopLogits(NamedTuple):
+    """The source's distribution over its most probable tokens and one remainder, float32."""
+
+    logp_NK: Tensor
+    """Log-probability of each of the K tokens, highest first."""
+    token_NK: Tensor
+    """Its token id (int64)."""
+    log_rest_N: Tensor
+    """Log-probability of all other tokens together; -inf where there are none."""
+
+    def rows(self, index: tuple[Tensor, ...]) -> TopLogits:
+        """Return some of the positions."""
+        return TopLogits(*(part[index] for part in self))
+
+
+def top_logits(logits_NV: Tensor, num_top: int) -> TopLogits:
+    """Return the `num_top` most probable tokens and what is left for the others."""
+    logits_NV = logits_NV.float()
+    token_NK = logits_NV.topk(min(num_top, logits_NV.shape[-1]), dim=-1).indices
+    return TopLogits(*_log_parts(logits_NV, token_NK))
+
+
+def _log_parts(logits_NV: Tensor, token_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # The remainder is summed itself: 1 minus the others rounds to 0 where they are nearly all.
+    total_N = logits_NV.logsumexp(dim=-1)
+    others_NV = logits_NV.scatter(-1, token_NK, -torch.inf)
+    logp_NK = logits_NV.gather(-1, token_NK) - total_N[..., None]
+    return logp_NK, token_NK, others_NV.logsumexp(dim=-1) - total_N
+
+
+def truncated_kl(top: TopLogits, merged_NV: Tensor) -> Tensor:
+    """Return the KL in nats of the distributions over the source's top tokens and one remainder.
+
+    Merging outcomes can only lower a KL (data processing inequality), so it is at most
+    `exact_kl`, and equal where the remainder is one token or none.
+    """
+    logq_NK, _, log_rest_N = _log_parts(merged_NV.float(), top.token_NK)
+    kl_N = (top.logp_NK.exp() * (top.logp_NK - logq_NK)).sum(dim=-1)
+    if top.token_NK.shape[-1] < merged_NV.shape[-1]:
+        kl_N = kl_N + top.log_rest_N.exp() * (top.log_rest_N - log_rest_N)
+    return kl_N.mean()
+
+
+def relative_error(output_BTD: Tensor, target_BTD: Tensor) -> Tensor:
+    """Return the squared error relative to the target's square, mean over positions (float32).
+
+    Relative at each position, since a few tokens with massive activations otherwise decide all.
+    """
+    target_BTD = target_BTD.float()
+    error_BT = (output_BTD.float() - target_BTD).square().sum(dim=-1)
+    return (error_BT / target_BTD.square().sum(dim=-1)).mean()
+
+
+class GroupStates(NamedTuple):
+    """The source's states around one group on the calibration blocks, on the CPU."""
+
+    input_BTD: Tensor
+    output_BTD: Tensor
+
+
+@torch.no_grad()
+def group_states(
+    source: PreTrainedModel, prefix_BTD: Tensor, plan: MergePlan, *, batch_size: int = 4
+) -> list[GroupStates]:
+    """Return the source's states before and after each group.
+
+    Args:
+        source: The source model.
+        prefix_BTD: Input of the first group's first layer.
+        plan: The groups.
+        batch_size: Blocks in one forward pass.
+    """
+    states, found, start = prefix_BTD, [], plan.groups[0].start
+    for group in track(plan.groups, "group states"):
+        before = _run(source, states, start, group.start, batch_size)
+        states, start = _run(source, before, group.start, group.stop, batch_size), group.stop
+        found.append(GroupStates(before, states))
+    return found
+
+
+def _run(
+    source: PreTrainedModel, states_BTD: Tensor, start: int, stop: int, batch_size: int
+) -> Tensor:
+    if start == stop:
+        return states_BTD
+    part = span(source, start, stop)
+    parts = [run_span(part, s.to(source.device)).cpu() for s in states_BTD.split(batch_size)]
+    return torch.cat(parts)
+
+
+class LetterPrompts(NamedTuple):
+    """Zero-shot letter prompts of questions, unpadded, since their lengths differ."""
+
+    prompts: list[Tensor]
+    """Token ids of each prompt (T,)."""
+    answer_N: Tensor
+    """Index of the right choice (int64)."""
+    letter_4: Tensor
+    """Token ids of the letters (int64)."""
+
+
+def letter_prompts(questions: list[Question], tokenizer: PreTrainedTokenizerBase) -> LetterPrompts:
+    """Return the prompts that `answer_loss` is computed on."""
+    texts = [prompt_text(question, [], "letter") for question in questions]
+    return LetterPrompts(
+        [torch.tensor(ids) for ids in encode(tokenizer, texts)],
+        torch.tensor([question.answer for question in questions]),
+        torch.tensor(letter_ids(tokenizer)),
+    )
+
+
+def answer_loss(model: PreTrainedModel, letters: LetterPrompts, index_B: list[int]) -> Tensor:
+    """Return the cross-entropy of the right letter among all tokens, in nats a question.
+
+    Each prompt runs alone, so that no padding can reach its states.
+    """
+    losses = []
+    for i in index_B:
+        states_BTD = _last_state(model, letters.prompts[i].to(model.device)[None])
+        target = letters.letter_4[letters.answer_N[i]].to(model.device)
+        logits_BV = lm_logits(model, states_BTD[:, -1]).float()
+        losses.append(torch.nn.functional.cross_entropy(logits_BV, target[None]))
+    return torch.stack(losses).mean()
+
+
+def _last_state(model: PreTrainedModel, token_BT: Tensor) -> Tensor:
+    states: Tensor = model.model(
+        inputs_embeds=embed(model, token_BT), use_cache=False
+    ).last_hidden_state
+    return states
