@@ -41,7 +41,7 @@ def ksg_information(x_LNC: Tensor, y_LNC: Tensor, *, num_neighbors: int, seed: i
     )
     whole = digamma_N[size - 1] + digamma_N[num_neighbors - 1]
     information_PQ = (whole - sums_PQ).clamp(min=0)
-    information_LCME = information_PQ.reshape(-1, num_x, len(y_LNC), num_y)
+    information_LCME: Tensor = information_PQ.reshape(-1, num_x, len(y_LNC), num_y)
     return information_LCME.transpose(1, 2)
 
 
