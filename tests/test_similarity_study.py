@@ -5,10 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from jsonargparse import ActionConfigFile
 
-from lmerge.cli import main
+from lmerge.cli import Parser, main
 from lmerge.figures import similarity_figure
 from lmerge.files import read_json
+from lmerge.information import InformationConfig
+from lmerge.similarity import MEASURES
 from lmerge.similarity_study import RESULT, SCHEMA, run_similarity
 
 
@@ -86,8 +89,6 @@ def test_streamed_states_give_the_same_table(options, tmp_path: Path) -> None:
 def test_undefined_cells_are_counted_and_no_number_is_made_of_them(options) -> None:
     # A bandwidth of almost nothing leaves no layer a map.
     config = {**options, "measures": ["gaussian_nmi"]}
-    from lmerge.information import InformationConfig
-
     run_similarity(**config, information=InformationConfig(sigma=1e-6))
     data = read_json(options["out_dir"] / RESULT, schema=SCHEMA)
     assert data["undefined_cells"] == {"gaussian_nmi": {"medical/en": 16, "math/en": 16}}
@@ -125,3 +126,13 @@ def test_undefined_cells_are_hatched_and_counted_in_the_title() -> None:
     assert [patch.get_hatch() for patch in first.patches] == ["////"] * 4
     assert first.get_title() == "all (4 undefined)"
     assert second.get_title() == "none (16 undefined)"
+
+
+@pytest.mark.parametrize("name", ["similarity", "similarity_mmlu"])
+def test_a_shipped_config_parses(name: str) -> None:
+    parser = Parser(prog="lmerge similarity")
+    parser.add_argument("--config", action=ActionConfigFile)
+    parser.add_function_arguments(run_similarity, as_positional=True, fail_untyped=True)
+    path = Path(__file__).parents[1] / "configs" / f"{name}.yaml"
+    options = parser.instantiate_classes(parser.parse_args(["--config", str(path)]))
+    assert set(options["measures"]) <= set(MEASURES)
