@@ -41,11 +41,13 @@ def agreement(a_LL: Tensor, b_LL: Tensor) -> Agreement:
         )
     upper_LL = torch.ones_like(a_LL, dtype=torch.bool).triu(1)
     both_LL = a_LL.isfinite() & b_LL.isfinite()
-    numbers = []
-    for part_LL in (both_LL, both_LL & upper_LL):
-        a_N, b_N = a_LL[part_LL].double(), b_LL[part_LL].double()
-        numbers += [pearson(a_N, b_N), pearson(_ranks(a_N), _ranks(b_N))]
-    return Agreement(*numbers, num_undefined=int((upper_LL & ~both_LL).sum()))
+    full = _correlations(a_LL[both_LL], b_LL[both_LL])
+    upper = _correlations(a_LL[both_LL & upper_LL], b_LL[both_LL & upper_LL])
+    return Agreement(*full, *upper, int((upper_LL & ~both_LL).sum()))
+
+
+def _correlations(a_N: Tensor, b_N: Tensor) -> tuple[float, float]:
+    return pearson(a_N, b_N), pearson(_ranks(a_N), _ranks(b_N))
 
 
 def pearson(a_N: Tensor, b_N: Tensor) -> float:

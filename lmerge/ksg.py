@@ -35,13 +35,14 @@ def ksg_information(x_LNC: Tensor, y_LNC: Tensor, *, num_neighbors: int, seed: i
     y_QNN = _gaps(y_QN)
     # The sum of digamma(count + 1) comes from a table: counts lie in 0 to N - 1.
     digamma_N = torch.special.digamma(torch.arange(1, size + 1, dtype=torch.float64))
-    sorted_QNN = y_QNN.sort(dim=2).values
+    sorted_QNN = y_QNN.sort(dim=2).values.contiguous()
     sums_PQ = torch.stack(
         [_digamma_sums(x_N, y_QNN, sorted_QNN, num_neighbors, digamma_N) for x_N in x_PN]
     )
     whole = digamma_N[size - 1] + digamma_N[num_neighbors - 1]
     information_PQ = (whole - sums_PQ).clamp(min=0)
-    return information_PQ.unflatten(1, (-1, num_y)).unflatten(0, (-1, num_x)).transpose(1, 2)
+    information_LCME: Tensor = information_PQ.reshape(-1, num_x, len(y_LNC), num_y)
+    return information_LCME.transpose(1, 2)
 
 
 def knn_entropy(x_LNC: Tensor, *, num_neighbors: int) -> Tensor:
@@ -85,7 +86,8 @@ def _digamma_sums(
     # The prompt itself, at distance 0, is the first.
     radius_QN = joint_QNN.kthvalue(num_neighbors + 1, dim=2).values
     radius_QN1 = torch.nextafter(radius_QN, torch.zeros(()).double())[..., None]
-    sorted_x_QNN = x_1NN.sort(dim=2).values.expand(len(y_QNN), -1, -1).contiguous()
-    x_QN = torch.searchsorted(sorted_x_QNN, radius_QN1, right=True)[..., 0] - 1
+    # The same distances of x for every y: one sorted row a prompt answers for all of them.
+    sorted_NN = x_1NN[0].sort(dim=1).values.contiguous()
+    x_QN = torch.searchsorted(sorted_NN, radius_QN1[..., 0].T.contiguous(), right=True).T - 1
     y_QN = torch.searchsorted(sorted_QNN, radius_QN1, right=True)[..., 0] - 1
     return (digamma_N[x_QN] + digamma_N[y_QN]).mean(dim=1)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -18,7 +16,8 @@ from rich.console import Console
 from torch import Tensor
 
 from lmerge.activations import Pooling, layer_states
-from lmerge.agreement import Agreement, agreement, percentiles, resample_matrices, split_half
+from lmerge.agreement import agreement, percentiles, resample_matrices, split_half
+from lmerge.agreement_table import Row, as_record, table_csv, table_markdown
 from lmerge.data.batching import sample_prompts
 from lmerge.data.questions import fingerprint, load_questions, resolve_domains
 from lmerge.figures import save, similarity_figure
@@ -27,7 +26,6 @@ from lmerge.information import InformationConfig
 from lmerge.progress import track
 from lmerge.similarity import Measure, similarity_matrix
 from lmerge.source import Dtype, load_model, load_tokenizer, model_fingerprint, resolve_source
-from lmerge.statistics import Interval
 from lmerge.streamed import streamed_states
 
 logger = logging.getLogger(__name__)
@@ -40,21 +38,6 @@ NUM_SPLITS = 20
 STUDY_DOMAINS = ["medical", "legal", "math", "cs", "humanities"]
 ENGLISH = ["en"]
 ANGULAR: list[Measure] = ["angular"]
-
-
-class Row(NamedTuple):
-    """The agreement of two groups by one measure."""
-
-    measure: Measure
-    a: str
-    b: str
-    agreement: Agreement
-    interval: Interval | None
-    """Of Pearson's correlation off the diagonal, over prompts; None where it is unknown."""
-    half: float | None
-    """Mean correlation of a's matrix and b's from disjoint halves of the prompts."""
-    half_within: float | None
-    """The same for a with itself and b with itself, averaged: what agreement could reach."""
 
 
 def run_similarity(
@@ -116,7 +99,7 @@ def run_similarity(
             "questions": texts_fingerprint,
             "num_prompts": {name: len(group) for name, group in prompts.items()},
             "undefined_cells": undefined,
-            "correlations": [_record(row) for row in rows],
+            "correlations": [as_record(row) for row in rows],
             "settings": settings,
             "provenance": provenance(),
         }
@@ -272,50 +255,3 @@ def _matrix(states_LND: Tensor, *, measure: Measure, information: InformationCon
 def _mean(values: Sequence[float | None]) -> float | None:
     finite = [value for value in values if value is not None and np.isfinite(value)]
     return sum(finite) / len(finite) if finite else None
-
-
-def _record(row: Row) -> dict[str, Any]:
-    numbers = {k: v if np.isfinite(v) else None for k, v in row.agreement._asdict().items()}
-    interval = {"low": None, "high": None} if row.interval is None else row.interval._asdict()
-    return {
-        "measure": row.measure,
-        "a": row.a,
-        "b": row.b,
-        **numbers,
-        **interval,
-        "half": row.half,
-        "half_within": row.half_within,
-    }
-
-
-def table_csv(rows: Sequence[Row]) -> str:
-    """Return the correlations as CSV; an empty cell is an undefined number."""
-    records = [_record(row) for row in rows]
-    names = list(records[0]) if records else ["measure", "a", "b"]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return text.getvalue()
-
-
-def table_markdown(rows: Sequence[Row]) -> str:
-    """Return the correlations as a Markdown table."""
-    head = (
-        "measure | a | b | Pearson, full | Spearman, full | Pearson, off-diagonal | 95% | "
-        "Spearman, off-diagonal | halves | halves, within | undefined"
-    )
-    lines = [f"| {head} |", "|" + "---|" * 11]
-    for row in rows:
-        found = row.agreement
-        between = "-" if row.interval is None else "{:.3f} to {:.3f}".format(*row.interval)
-        cells = [row.measure, row.a, row.b]
-        cells += [_show(found.pearson_full), _show(found.spearman_full)]
-        cells += [_show(found.pearson_upper), between, _show(found.spearman_upper)]
-        cells += [_show(row.half), _show(row.half_within), str(found.num_undefined)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _show(value: float | None) -> str:
-    return "-" if value is None or not np.isfinite(value) else f"{value:.4f}"

@@ -114,7 +114,8 @@ def _skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     with torch.device("meta"):
         model: PreTrainedModel = auto.from_config(config, attn_implementation="sdpa", dtype=dtype)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return model
 
 
 def _embedded(

@@ -31,6 +31,7 @@ ORDER = (
     "information",
     "similarity",
     "agreement",
+    "agreement_table",
     "plan",
     "align",
     "alphas",
