@@ -23,7 +23,7 @@ BLOCK = 1024
 TOLERANCE = 1e-9
 """Gain of a pair that counts as rounding of float64 sums."""
 SLACK = 1e-5
-"""Margin of the float32 comparison that finds what is then compared in float64."""
+"""Margin of the float32 comparison before the float64 one, as a share of the largest value."""
 
 Edges = NDArray[np.int64]
 """Candidate pairs as row * size + column, sorted."""
@@ -156,7 +156,8 @@ def _check(
         mine_B = column_F[start : start + BLOCK]
         own_B = block.gather(1, mine_B[:, None])[:, 0].double() - price_F[mine_B]
         # In float32 a hair is lost, so what decides is formed anew in float64.
-        near = (block - price_F.float()) > (own_B - SLACK).float()[:, None]
+        slack = SLACK * max(1.0, float(block.abs().max()))
+        near = (block - price_F.float()) > (own_B - slack).float()[:, None]
         row_E, col_E = near.nonzero(as_tuple=True)
         gain_E = block[row_E, col_E].double() - price_F[col_E] - own_B[row_E]
         best_B = torch.zeros_like(own_B).scatter_reduce(0, row_E, gain_E, "amax")
@@ -164,4 +165,3 @@ def _check(
         wanted = gain_E > TOLERANCE
         missing.append(((row_E + start) * size + col_E)[wanted].cpu().numpy())
     return bound, np.concatenate(missing)
-
