@@ -106,7 +106,8 @@ def _size(complex_tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
 
 
 def _queries_by_group(layer: LayerTensors, spec: HeadSpec) -> Tensor:
-    return _pairs(layer, "q_proj", spec).unflatten(0, (spec.num_kv_heads, -1))
+    query_KRPI: Tensor = _pairs(layer, "q_proj", spec).unflatten(0, (spec.num_kv_heads, -1))
+    return query_KRPI
 
 
 def _with_bias(layer: LayerTensors, name: str) -> Tensor:
@@ -123,11 +124,13 @@ def _pairs(layer: LayerTensors, name: str, spec: HeadSpec) -> Tensor:
 
 
 def _values(layer: LayerTensors, spec: HeadSpec) -> Tensor:
-    return _with_bias(layer, "v_proj").unflatten(0, (spec.num_kv_heads, -1))
+    value_KCI: Tensor = _with_bias(layer, "v_proj").unflatten(0, (spec.num_kv_heads, -1))
+    return value_KCI
 
 
 def _outputs(layer: LayerTensors, spec: HeadSpec) -> Tensor:
-    return layer["o_proj"].double().cpu().unflatten(1, (spec.num_heads, -1)).transpose(0, 1)
+    out_DHC: Tensor = layer["o_proj"].double().cpu().unflatten(1, (spec.num_heads, -1))
+    return out_DHC.transpose(0, 1)
 
 
 def _value_products(anchor: LayerTensors, member: LayerTensors, spec: HeadSpec) -> Tensor:

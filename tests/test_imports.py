@@ -31,6 +31,7 @@ ORDER = (
     "heads",
     "assignment",
     "align",
+    "soft",
     "alphas",
     "merge",
     "merged",
