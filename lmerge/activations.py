@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Literal
 
 import torch
@@ -10,7 +11,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from lmerge.llama import capture_outputs
+from lmerge.llama import (
+    capture_down_input,
+    capture_outputs,
+    decoder_layers,
+    embed,
+    run_span,
+    span,
+)
 from lmerge.progress import track
 
 Pooling = Literal["last", "mean"]
@@ -97,3 +105,30 @@ def pool(state_BTD: Tensor, real_BT: Tensor, pooling: Pooling) -> Tensor:
         return (total_BD / real_BT.sum(dim=1, keepdim=True)).cpu()
     last_B = real_BT.sum(dim=1) - 1
     return state_BTD[torch.arange(len(state_BTD)), last_B].cpu()
+
+
+@torch.no_grad()
+def neuron_activations(
+    model: PreTrainedModel, layers: Sequence[int], token_BT: Tensor
+) -> dict[int, Tensor]:
+    """Return the MLP neuron activations of some layers at every position, in one pass.
+
+    Args:
+        model: The source model.
+        layers: Which layers.
+        token_BT: Calibration blocks, unpadded.
+
+    Returns:
+        Layer -> (N, F), float32, on the CPU; positions of all blocks in order.
+    """
+    kept: dict[int, list[Tensor]] = {i: [] for i in layers}
+    part = span(model, 0, max(layers) + 1)
+    for block_BT in track(token_BT.split(4), "neuron activations", total=-(-len(token_BT) // 4)):
+        with ExitStack() as stack:
+            hooks = {
+                i: stack.enter_context(capture_down_input(decoder_layers(model)[i])) for i in layers
+            }
+            run_span(part, embed(model, block_BT.to(model.device)))
+        for i, (activation_BTF,) in hooks.items():
+            kept[i].append(activation_BTF.flatten(0, 1).float().cpu())
+    return {i: torch.cat(parts) for i, parts in kept.items()}

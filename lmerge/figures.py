@@ -97,6 +97,27 @@ def search_figure(candidates: Sequence[Candidate]) -> Figure:
     return figure
 
 
+def matrices_figure(
+    before: Mapping[int, Mapping[str, float]], after: Mapping[int, Mapping[str, float]]
+) -> Figure:
+    """Return, for each matrix, its cosine with the anchor's before and after: a dot a layer."""
+    figure = Figure(figsize=(7.0, 3.6), layout="constrained")
+    axis = figure.subplots()
+    names = list(next(iter(before.values())))
+    for shift, label, colour, found in (
+        (-0.12, "before", "grey", before),
+        (0.12, "after", "steelblue", after),
+    ):
+        places = [i + shift for _layer in found for i in range(len(names))]
+        values = [cosines[name] for cosines in found.values() for name in names]
+        axis.scatter(places, values, s=18, color=colour, label=label)
+    axis.axhline(0, color="lightgrey", linewidth=0.8, zorder=0)
+    axis.set_xticks(range(len(names)), names, rotation=20)
+    axis.set(ylabel="cosine with the anchor's matrix")
+    axis.legend()
+    return figure
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG; its folder is made where missing."""
     path.parent.mkdir(parents=True, exist_ok=True)

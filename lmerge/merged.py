@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from lmerge.align import Orders, reorder_neurons
+from lmerge.align import Motion, Orders, move
 from lmerge.alphas import AlphaConfig, Alphas, spread, start_alphas, to_free, to_shares
 from lmerge.llama import (
     MATRICES,
@@ -33,15 +33,12 @@ from lmerge.plan import Group, MergePlan
 
 
 def members_in_one_frame(
-    layers: Sequence[LayerTensors], orders: Sequence[Tensor | None], anchor: int
+    layers: Sequence[LayerTensors], orders: Sequence[Motion | None], anchor: int
 ) -> list[LayerTensors]:
-    """Return a group's members with the anchor's norms and their neurons in the given orders."""
+    """Return a group's members with the anchor's norms, moved as the alignment found."""
     norms = reference_norms(layers[anchor])
     folded = [fold_norms(layer, norms) for layer in layers]
-    return [
-        layer if order_F is None else reorder_neurons(layer, order_F.to(layer["gate_proj"].device))
-        for layer, order_F in zip(folded, orders, strict=True)
-    ]
+    return [move(layer, motion) for layer, motion in zip(folded, orders, strict=True)]
 
 
 class MergedLayer(nn.Module):
@@ -134,7 +131,7 @@ class MergedLlama(nn.Module):
     Args:
         source: The source model; frozen here.
         plan: Groups of source layers that become one.
-        orders: Neuron orders by source layer, from the alignment; missing ones are left as is.
+        orders: How each source layer is moved, from the alignment; missing ones are left as is.
         config: What the alphas can express and where they start.
         similarity_LL: Layer similarity, for the starts that need it.
     """

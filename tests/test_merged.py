@@ -24,6 +24,7 @@ from lmerge.alphas import AlphaConfig, Granularity
 from lmerge.llama import (
     FOLDS_INTO,
     MATRICES,
+    HeadSpec,
     by_path,
     decoder_layers,
     layer_tensors,
@@ -43,6 +44,7 @@ PLANS = {
     "all": plan_of([0, 1, 2, 3]),
 }
 """Plans by where the anchor is, or what is merged."""
+SPEC = HeadSpec(4, 2, 8)
 FREE, SIMPLEX = AlphaConfig(), AlphaConfig(start="uniform", simplex=True)
 
 
@@ -215,7 +217,7 @@ def test_a_group_of_permuted_copies_that_are_aligned_is_the_layer_at_any_alphas(
         source.model.layers[i] = with_tensors(decoder_layers(source)[i], permuted)
     plan = plan_of([1, 2, 3])
     layers = {i: layer_tensors(decoder_layers(source)[i]) for i in (1, 2, 3)}
-    merged = merge(source, plan, SIMPLEX, align_group(plan.groups[0], layers, "weights"))
+    merged = merge(source, plan, SIMPLEX, align_group(plan.groups[0], layers, "weights", SPEC))
     dropped = logits(fresh_model(source, [0, 1]))
     torch.testing.assert_close(logits(shake(merged).causal_lm), dropped, rtol=1e-4, atol=1e-4)
 

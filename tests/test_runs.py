@@ -11,13 +11,15 @@ from torch import Tensor
 from lmerge.align import Orders
 from lmerge.alphas import Alphas
 from lmerge.files import write_json, write_tensors
-from lmerge.llama import MATRICES
+from lmerge.llama import MATRICES, HeadSpec
 from lmerge.plan import MergePlan
 from lmerge.runs import (
     Refits,
     RunState,
+    alignment_key,
     alphas_fingerprint,
     checkpoint_state,
+    motion_of,
     read_alphas,
     read_checkpoint,
     read_orders,
@@ -30,6 +32,7 @@ from lmerge.runs import (
     write_plan,
     write_refits,
 )
+from lmerge.symmetry import Transform, identity, transform_tensors
 
 PLAN = plan_of([0, 1], [2, 3], anchors=[1, 2])
 ONE_LINE = r"^[^\n]*%s[^\n]*\Z"
@@ -113,6 +116,37 @@ def test_orders_survive_their_file(tmp_path: Path) -> None:
     found = read_orders(tmp_path / "orders.safetensors")
     assert found.keys() == orders.keys()
     assert all(torch.equal(found[i], orders[i]) and found[i].dtype == torch.int64 for i in orders)
+
+
+def test_transforms_and_orders_of_rows_survive_their_file_and_a_checkpoint(tmp_path: Path) -> None:
+    transform = identity(48, HeadSpec(4, 2, 8))
+    orders: Orders = {1: transform, 2: {"q_proj": torch.randperm(32)}, 3: torch.randperm(48)}
+    write_orders(tmp_path, orders)
+    state = RunState(plan=PLAN, orders=orders)
+    saved = checkpoint_state(state, [])["orders"]
+    reread = {layer: motion_of(parts) for layer, parts in saved.items()}
+    for found in (read_orders(tmp_path / "orders.safetensors"), reread):
+        assert isinstance(found[1], Transform)
+        wanted, got = transform_tensors(transform), transform_tensors(found[1])
+        assert all(
+            torch.equal(wanted[n], got[n]) and wanted[n].dtype == got[n].dtype for n in wanted
+        )
+        assert torch.equal(found[2]["q_proj"], orders[2]["q_proj"])  # type: ignore[index,call-overload]
+        assert torch.equal(found[3], orders[3])  # type: ignore[arg-type]
+
+
+def test_the_key_of_an_alignment_sees_what_decides_it() -> None:
+    blocks = torch.arange(6)[None]
+    keys = {
+        alignment_key("a", PLAN, ("weights", "anchor"), None),
+        alignment_key("b", PLAN, ("weights", "anchor"), None),
+        alignment_key("a", PLAN, ("full", "anchor"), None),
+        alignment_key("a", PLAN, ("weights", "joint"), None),
+        alignment_key("a", PLAN, ("weights", "anchor"), blocks),
+        alignment_key("a", PLAN, ("weights", "anchor"), blocks + 1),
+    }
+    assert len(keys) == 6
+    assert alignment_key("a", PLAN, ("weights", "anchor"), None) in keys
 
 
 def test_no_orders_survive_their_file(tmp_path: Path) -> None:

@@ -130,9 +130,7 @@ def test_the_inverse_undoes(name: str) -> None:
 def test_the_published_order_of_rows_changes_the_function(name: str) -> None:
     run, layer, _spec = layer_of(name)
     g = torch.Generator().manual_seed(0)
-    order = {
-        key: torch.randperm(len(w), generator=g) for key, w in layer.items() if "_proj" in key
-    }
+    order = {key: torch.randperm(len(w), generator=g) for key, w in layer.items() if "_proj" in key}
     order = {key: o for key, o in order.items() if not key.endswith(".bias")}
     assert relative_error(run(reorder_rows(layer, order)), run(layer)) > 0.1
 
