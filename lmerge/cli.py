@@ -119,6 +119,12 @@ class CLI(LightningCLI):
             "--overwrite", type=bool, default=False, help="Whether `fit` may replace a run folder."
         )
         parser.add_argument(
+            "--evaluate_after",
+            type=bool,
+            default=True,
+            help="Whether `fit` ends with an evaluation of source and merged model.",
+        )
+        parser.add_argument(
             "--wandb",
             type=WandbMode,
             default="offline",
@@ -179,8 +185,9 @@ class CLI(LightningCLI):
         self.model.run_dir.mkdir(parents=True, exist_ok=True)
 
     def after_fit(self) -> None:
-        """Evaluate source and merged model."""
-        self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        """Evaluate source and merged model, unless `--evaluate_after` is false."""
+        if self._get(self.config_init, "evaluate_after"):
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
 
 @rank_zero_only
@@ -230,7 +237,9 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", ".*jsonargparse.*")
 
 
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "sweep": ("lmerge.sweep", "sweep"),
+}
 """Commands beside fit, validate and test: name -> (module, function), imported when called.
 
 The function's signature gives the options and its docstring their help.

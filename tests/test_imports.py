@@ -49,6 +49,7 @@ ORDER = (
     "module",
     "callbacks",
     "trials",
+    "sweep_figures",
     "sweep",
     "cli",
 )
