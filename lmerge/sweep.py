@@ -47,7 +47,7 @@ PLAN_OPTIONS = (
 
 
 def sweep(
-    config: str,
+    path: str,
     *,
     count: int = 20,
     jobs: int = 1,
@@ -58,7 +58,7 @@ def sweep(
     """Run a W&B sweep file without a server; a second call goes on where the first was stopped.
 
     Args:
-        config: The sweep file, as `wandb sweep` takes it.
+        path: The sweep file, as `wandb sweep` takes it.
         count: Trials in all, failed ones too; at least 1. A grid may end before.
         jobs: Trials that run at once; at least 1.
         engine: `wandb` is W&B's own engine; `optuna` reads the same file.
@@ -68,7 +68,7 @@ def sweep(
     for name, value in (("count", count), ("jobs", jobs)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
-    folder, options = Path(run_dir), read_sweep(Path(config))
+    folder, options = Path(run_dir), read_sweep(Path(path))
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / "sweep.lock", timeout=0):
@@ -150,7 +150,7 @@ class Runner:
         write_results(self.folder, self.config, self.trials)
         with open(self.folder / f"{trial.folder}.log", "wb") as log:
             self.running[trial.index] = subprocess.Popen(
-                [sys.executable, "-c", "from lmerge.cli import main; main()", *args],
+                [sys.executable, "-m", "lmerge", *args],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "WANDB_MODE": "disabled"},

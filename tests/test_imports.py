@@ -52,6 +52,7 @@ ORDER = (
     "sweep_figures",
     "sweep",
     "cli",
+    "__main__",
 )
 
 

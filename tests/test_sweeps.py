@@ -71,10 +71,20 @@ def test_a_grid_ends() -> None:
 
 
 def test_hyperband_stops_the_running_trial_that_is_worst() -> None:
-    good = Trial(index=0, params={"x": 0.0}, folder="", history=[1, 0.5, 0.2, 0.1])
-    bad = Trial(index=1, params={"x": 1.0}, folder="", history=[9.0, 9.0, 9.0, 9.0])
-    assert to_stop(HYPERBAND, [good, bad]) == [1]
-    assert to_stop(BOWL, [good, bad]) == []
+    trials = [
+        Trial(
+            index=i, params={"x": 0.0}, folder="", state=state, history=history, metric=history[-1]
+        )
+        for i, (state, history) in enumerate(
+            [
+                ("finished", [1, 0.5, 0.2, 0.1]),
+                ("finished", [8, 0.5, 0.4, 0.3]),
+                ("running", [9.0, 9.0, 9.0, 9.0]),
+            ]
+        )
+    ]
+    assert to_stop(HYPERBAND, trials) == [2]
+    assert to_stop(BOWL, trials) == []
 
 
 @pytest.mark.parametrize(
@@ -167,7 +177,7 @@ def test_a_killed_sweep_goes_on_and_survives_a_trial_that_fails(
     path = sweep_file(tmp_path, tiny_dir, [1.0, float("inf"), 0.5])
     path.write_text(path.read_text().replace(".inf", "bad"))
     out = tmp_path / "out"
-    args = [sys.executable, "-c", "from lmerge.cli import main; main()", "sweep", str(path)]
+    args = [sys.executable, "-m", "lmerge", "sweep", str(path)]
     args += ["--count=3", f"--run_dir={out}"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(args, env=env) as process:
