@@ -37,6 +37,23 @@ def timed(functions: dict[str, Callable[[], object]], steps: int) -> dict[str, f
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def report(rows: dict[str, Callable[[], object]], steps: int, exact: dict[str, float]) -> None:
+    """Time the rows and print them, and the ratios in the last line."""
+    ms = timed(rows, steps)
+    print(f"SmolLM2-135M, {BATCH} x {LENGTH} tokens, {torch.get_num_threads()} threads, float32")
+    for name, value in ms.items():
+        print(f"{value:9.1f} ms  {name}")
+    names = list(ms)
+    print(f"loss uncached {exact['uncached']:.6f}, cached {exact['cached']:.6f}")
+    print(f"merging is {100 * ms[names[5]] / ms[names[1]]:.1f}% of a cached step")
+    print(f"sampled positions: {ms[names[0]] / ms[names[3]]:.2f} times faster than uncached")
+    ratios = {
+        "speedup_vs_uncached": round(ms[names[0]] / ms[names[1]], 3),
+        "vs_bare_suffix": round(ms[names[1]] / ms[names[4]], 3),
+    }
+    print(json.dumps(ratios))
+
+
 def main() -> None:
     """Print the table and the ratios."""
     parser = argparse.ArgumentParser()
@@ -97,20 +114,7 @@ def main() -> None:
         "bare suffix, forward and backward": bare,
         "merging, forward and backward": merging,
     }
-    exact = {"uncached": uncached(), "cached": backward(full(index_B, 0)["loss"])}
-    ms = timed(rows, steps)
-    print(f"SmolLM2-135M, {BATCH} x {LENGTH} tokens, {torch.get_num_threads()} threads, float32")
-    for name, value in ms.items():
-        print(f"{value:9.1f} ms  {name}")
-    names = list(ms)
-    print(f"loss uncached {exact['uncached']:.6f}, cached {exact['cached']:.6f}")
-    print(f"merging is {100 * ms[names[5]] / ms[names[1]]:.1f}% of a cached step")
-    print(f"sampled positions: {ms[names[0]] / ms[names[3]]:.2f} times faster than uncached")
-    ratios = {
-        "speedup_vs_uncached": round(ms[names[0]] / ms[names[1]], 3),
-        "vs_bare_suffix": round(ms[names[1]] / ms[names[4]], 3),
-    }
-    print(json.dumps(ratios))
+    report(rows, steps, {"uncached": uncached(), "cached": backward(full(index_B, 0)["loss"])})
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ class AlphaConfig:
     from `path`."""
     value: float = 0.5
     """Share of the layer that is merged into, at each merge of `fixed`; finite."""
-    steps: dict[int, float] = field(default_factory=dict)
+    steps: dict[str, float] = field(default_factory=dict)
     """Shares of single merges of `fixed` that differ from `value`; 0 is a group's first merge,
     that of its last two layers."""
     beta: float = 1.0
@@ -103,13 +103,13 @@ def fixed_start(group: Group, config: AlphaConfig, similarity_LL: Tensor | None)
     Raises:
         ValueError: When `steps` names a merge that the group does not have.
     """
-    beyond = [step for step in config.steps if not 0 <= step < len(group.members) - 1]
+    beyond = [s for s in config.steps if s not in map(str, range(len(group.members) - 1))]
     if beyond:
         raise ValueError(
             f"`alpha.steps` must name merges 0 to {len(group.members) - 2} of the group "
             f"{list(group.members)}, got {beyond[0]}. Leave it out."
         )
-    return _sequential(group, lambda step, i, j: config.steps.get(step, config.value))
+    return _sequential(group, lambda step, i, j: config.steps.get(str(step), config.value))
 
 
 def mka_start(group: Group, config: AlphaConfig, similarity_LL: Tensor | None) -> Tensor:

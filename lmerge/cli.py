@@ -124,6 +124,12 @@ class CLI(LightningCLI):
             "--overwrite", type=bool, default=False, help="Whether `fit` may replace a run folder."
         )
         parser.add_argument(
+            "--evaluate_after",
+            type=bool,
+            default=True,
+            help="Whether `fit` ends with an evaluation of source and merged model.",
+        )
+        parser.add_argument(
             "--wandb",
             type=WandbMode,
             default="offline",
@@ -192,8 +198,9 @@ class CLI(LightningCLI):
         return {**kwargs, "weights_only": kwargs.get("weights_only") is not False}
 
     def after_fit(self) -> None:
-        """Evaluate source and merged model."""
-        self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        """Evaluate source and merged model, unless `--evaluate_after` is false."""
+        if self._get(self.config_init, "evaluate_after"):
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
 
 @rank_zero_only
@@ -245,6 +252,7 @@ def _quiet() -> None:
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "similarity": ("lmerge.similarity_study", "run_similarity"),
+    "sweep": ("lmerge.sweep", "sweep"),
 }
 """Commands beside fit, validate and test: name -> (module, function), imported when called.
 

@@ -289,7 +289,7 @@ class AlphaModule(LightningModule):
             )
         if not parts["loss"].isfinite():
             raise ValueError(
-                f"the loss must be finite, got {float(parts['loss'])} in step {self.global_step}. "
+                f"the loss must be finite, got {parts['loss'].item()} in step {self.global_step}. "
                 "The last good alphas are kept in alphas.json; lower the learning rate."
             )
         self.last_good = self.merged.alphas()

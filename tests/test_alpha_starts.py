@@ -26,7 +26,7 @@ def test_a_fixed_value_is_the_lower_layers_share_of_a_pair() -> None:
 
 
 def test_merges_of_two_compound_in_a_longer_group() -> None:
-    found = shares("fixed", Group(members=(0, 1, 2), anchor=0), value=0.7, steps={0: 0.6})
+    found = shares("fixed", Group(members=(0, 1, 2), anchor=0), value=0.7, steps={"0": 0.6})
     assert found == pytest.approx([0.7, 0.3 * 0.6, 0.3 * 0.4])
 
 
@@ -101,7 +101,7 @@ def test_alphas_finer_than_the_granularity_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"value": math.nan}, {"start": "file"}, {"path": "x"}, {"steps": {0: 0.1}}],
+    [{"value": math.nan}, {"start": "file"}, {"path": "x"}, {"steps": {"0": 0.1}}],
 )
 def test_options_that_contradict_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"^`alpha\.\w+`[^\n]*$"):

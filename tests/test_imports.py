@@ -60,8 +60,10 @@ ORDER = (
     "module",
     "callbacks",
     "trials",
+    "sweep_figures",
     "sweep",
     "cli",
+    "__main__",
 )
 
 

@@ -115,4 +115,4 @@ def test_the_local_loss_is_zero_for_a_layer_that_is_the_group() -> None:
     prefix_BTD = cache_states(model, tokens(3), 1).prefix_BTD
     (states,) = group_states(model, prefix_BTD, plan_of([1, 2]))
     output = run_span(span(model, 1, 3), states.input_BTD)
-    assert float(relative_error(output, states.output_BTD)) < 1e-10
+    assert relative_error(output, states.output_BTD).item() < 1e-10
