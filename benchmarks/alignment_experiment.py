@@ -96,11 +96,18 @@ def plan_of(*groups: tuple[int, ...], depth: int) -> MergePlan:
     return MergePlan(num_layers=depth, groups=tuple(Group(members=g, anchor=g[0]) for g in groups))
 
 
+def needed(plans: dict[str, MergePlan], only: list[str] | None) -> list[int]:
+    """The layers that the chosen plans merge."""
+    chosen = [plan for name, plan in plans.items() if not only or name in only]
+    return sorted({i for plan in chosen for group in plan.groups for i in group.members})
+
+
 def main() -> None:
     """Print a table, one line for each plan."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--num_blocks", type=int, default=8, help="blocks of 256 tokens")
     parser.add_argument("--step", type=int, default=3, help="layers between two pairs")
+    parser.add_argument("--only", nargs="+", help="plans by name, such as 13,14; default all")
     args = parser.parse_args()
     source, tokenizer = load_model("smollm2-135m", "float32"), load_tokenizer("smollm2-135m")
     token_ids = tokenizer(read_text("bank", split="val"))["input_ids"]
@@ -111,11 +118,13 @@ def main() -> None:
     base_B = losses(source, batches)
     print(json.dumps({"source": float(base_B.sum()) / num_tokens, "blocks": len(eval_BT),
                       "calibration_blocks": len(calibration_BT)}), flush=True)  # fmt: skip
-    acts = neuron_activations(source, list(range(depth)), calibration_BT)
     plans = {f"{i},{i + 1}": plan_of((i, i + 1), depth=depth) for i in range(1, 28, args.step)}
     plans["13-16"] = plan_of((13, 14, 15, 16), depth=depth)
     plans["13,14 17,18 21,22"] = plan_of((13, 14), (17, 18), (21, 22), depth=depth)
+    acts = neuron_activations(source, needed(plans, args.only), calibration_BT)
     for name, plan in plans.items():
+        if args.only and name not in args.only:
+            continue
         row: dict[str, object] = {"plan": name}
         found = run_plan(source, plan, batches, acts)
         per_block = num_tokens / len(eval_BT)
