@@ -6,6 +6,7 @@ import logging
 from typing import cast
 
 import numpy as np
+import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
@@ -14,9 +15,17 @@ from torch import Tensor
 
 from lmerge.align import Aligner, Orders, align_group, matched_similarity
 from lmerge.cost import measure_costs
+from lmerge.data.tokens import encode
 from lmerge.export import export_model, model_card, verify_export, write_card
 from lmerge.figures import matching_figure, save, similarity_figure
 from lmerge.files import provenance, write_json
+from lmerge.gate import (
+    PROMPTS,
+    check_gate,
+    gate_notes,
+    gate_rows,
+    generation_sanity,
+)
 from lmerge.llama import LayerTensors, decoder_layers, layer_tensors
 from lmerge.merged import members_in_one_frame
 from lmerge.module import AlphaModule
@@ -162,12 +171,19 @@ def finish_evaluation(trainer: Trainer, module: AlphaModule, stage: str) -> None
     data = module.data()
     models = {"source": module.source, "merged": module.merged.plain()}
     module.results["cost"] = measure_costs(models)
+    prompts = [torch.tensor(ids) for ids in encode(data.tokenizer, PROMPTS)]
+    module.results["generation"] = {
+        name: generation_sanity(model, prompts)
+        for name, model in track(models.items(), "generation", total=2)
+    }
+    module.checks = check_gate(module.results, module.gate)
+    module.results["gate"] = [check._asdict() for check in module.checks]
     write_metrics(
         module.run_dir,
         stage,
         {"source": module.source_name, "fingerprints": data.fingerprints, **module.results},
     )
-    rows = table_rows(module.results)
+    rows = table_rows(module.results) + gate_rows(module.checks)
     print_table(rows, f"{module.source_name}: {stage} of source and merged model")
     for wandb_logger in trainer.loggers:
         if isinstance(wandb_logger, WandbLogger):
@@ -189,7 +205,7 @@ def card(module: AlphaModule, rows: list[Row]) -> str:
         table=rows,
         command=None,
         provenance=provenance(),
-        notes=[],
+        notes=gate_notes(module.checks),
     )
 
 

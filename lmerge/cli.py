@@ -25,6 +25,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lmerge.callbacks import Artefacts, ExportCheckpoint, HungarianAlignment, Repair
 from lmerge.data.module import MMLUDataModule
 from lmerge.files import write_text
+from lmerge.gate import EXIT_CODE, GateConfig
 from lmerge.module import AlphaModule
 
 WandbMode = Literal["offline", "online", "disabled"]
@@ -126,6 +127,7 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(Repair, "repair")
         parser.add_lightning_class_args(Artefacts, "artefacts")
         parser.add_lightning_class_args(ExportCheckpoint, "export")
+        parser.add_class_arguments(GateConfig, "gate")
         parser.link_arguments("run_dir", "model.run_dir")
         parser.link_arguments("run_dir", "trainer.default_root_dir")
         parser.link_arguments("model.source", "data.source")
@@ -170,6 +172,7 @@ class CLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Check data and model; only then the run folder is made, or emptied to be replaced."""
         ckpt_path = self._get(self.config, "ckpt_path")
+        self.model.gate = self._get(self.config_init, "gate")
         self.datamodule.setup(self.subcommand)
         self.model.check(self.subcommand, ckpt_path)
         if self.subcommand == "fit" and not ckpt_path:
@@ -228,7 +231,9 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", ".*jsonargparse.*")
 
 
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "diff": ("lmerge.diff", "diff"),
+}
 """Commands beside fit, validate and test: name -> (module, function), imported when called.
 
 The function's signature gives the options and its docstring their help.
@@ -264,7 +269,7 @@ def _run_command(name: str, args: list[str]) -> None:
 
 def _run_lightning(args: list[str]) -> None:
     with _argv(args):
-        CLI(
+        cli = CLI(
             AlphaModule,
             MMLUDataModule,
             save_config_callback=WriteConfig,
@@ -272,6 +277,9 @@ def _run_lightning(args: list[str]) -> None:
             seed_everything_default=0,
             auto_configure_optimizers=False,
         )
+    if cli.model.gate.enforce and not all(check.passed for check in cli.model.checks):
+        sys.stderr.write("lmerge: the merged model failed its gate; see the table.\n")
+        sys.exit(EXIT_CODE)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from lmerge.cache import StateCache, cache_states
 from lmerge.data.module import MMLUDataModule
 from lmerge.data.records import ChoiceBatch, TextBatch
 from lmerge.evaluate import Evaluation
+from lmerge.gate import Check, GateConfig
 from lmerge.llama import lm_logits, num_layers, run_span, span
 from lmerge.merged import MergedLlama
 from lmerge.plan import MergePlan, PlanMethod, check_num_removed, check_plan, make_plan
@@ -90,6 +91,8 @@ class AlphaModule(LightningModule):
         self.run_dir = Path(run_dir)
         self.seed = seed
         self.results: dict[str, Any] = {}
+        self.gate = GateConfig()
+        self.checks: list[Check] = []
         self.similarity_LL: dict[str, Tensor] = {}
         self.state: RunState | None = None
         self._ready = False

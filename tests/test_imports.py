@@ -40,6 +40,8 @@ ORDER = (
     "evaluate",
     "cost",
     "results",
+    "gate",
+    "diff",
     "figures",
     "export",
     "module",
