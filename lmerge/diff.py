@@ -85,7 +85,8 @@ def _choice_row(a: Mapping[str, Any], b: Mapping[str, Any], scoring: str) -> Dif
     test = mcnemar_exact(values_a, values_b)
     return (
         f"accuracy, {scoring} ({test.only_a} only A, {test.only_b} only B)",
-        *(f"{100 * sum(values) / len(values):.1f}%" for values in (values_a, values_b)),
+        f"{100 * sum(values_a) / len(values_a):.1f}%",
+        f"{100 * sum(values_b) / len(values_b):.1f}%",
         "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in difference[:3])),
         f"{test.p_value:.3g}",
     )

@@ -234,8 +234,8 @@ class TextMetric(IndexedMetric):
         Returns:
             `block_nats` and `block_tokens` of each block with a target, so that two runs can be
             paired; `loss` (nats a token) with `loss_low` and `loss_high` (95%, bootstrap over
-            blocks), `ppl`, `tokens`; `bits_per_byte`, `kl` (nats a token) and `agreement` (a share) where
-            they are known.
+            blocks), `ppl`, `tokens`; `bits_per_byte`, `kl` (nats a token) and `agreement`
+            (a share) where they are known.
         """
         _, nll_N, token_N, kl_N, agree_N = self.sorted_rows().unbind(dim=1)
         counted_N = token_N > 0

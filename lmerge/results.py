@@ -53,8 +53,8 @@ def table_rows(results: Mapping[str, Any]) -> list[Row]:
         source, merged = both["source"]["micro"], both["merged"]["micro"]
         rows.append((label, accuracy(source), accuracy(merged)))
         if all("confusion" in both[model] for model in ("source", "merged")):
-            counts = [chosen(both[model]["confusion"]) for model in ("source", "merged")]
-            rows.append((f"chosen A/B/C/D, {scoring}", *counts))
+            before, after = (chosen(both[model]["confusion"]) for model in ("source", "merged"))
+            rows.append((f"chosen A/B/C/D, {scoring}", before, after))
     for name, both in results["text"].items():
         rows.append(
             (f"loss on {name} text (nats/token)", loss(both["source"]), loss(both["merged"]))
