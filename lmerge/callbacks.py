@@ -25,6 +25,7 @@ from lmerge.align import (
     move,
 )
 from lmerge.cost import measure_costs
+from lmerge.data.tokens import encode
 from lmerge.export import export_model, model_card, verify_export, write_card
 from lmerge.figures import (
     matching_figure,
@@ -34,6 +35,13 @@ from lmerge.figures import (
     similarity_figure,
 )
 from lmerge.files import provenance, write_json
+from lmerge.gate import (
+    PROMPTS,
+    check_gate,
+    gate_notes,
+    gate_rows,
+    generation_sanity,
+)
 from lmerge.llama import LayerTensors, decoder_layers, head_spec, layer_tensors
 from lmerge.merged import members_in_one_frame
 from lmerge.module import AlphaModule
@@ -275,12 +283,19 @@ def finish_evaluation(trainer: Trainer, module: AlphaModule, stage: str) -> None
     data = module.data()
     models = {"source": module.source, "merged": module.merged.plain()}
     module.results["cost"] = measure_costs(models)
+    prompts = [torch.tensor(ids) for ids in encode(data.tokenizer, PROMPTS)]
+    module.results["generation"] = {
+        name: generation_sanity(model, prompts)
+        for name, model in track(models.items(), "generation", total=2)
+    }
+    module.checks = check_gate(module.results, module.gate)
+    module.results["gate"] = [check._asdict() for check in module.checks]
     write_metrics(
         module.run_dir,
         stage,
         {"source": module.source_name, "fingerprints": data.fingerprints, **module.results},
     )
-    rows = table_rows(module.results)
+    rows = table_rows(module.results) + gate_rows(module.checks)
     print_table(rows, f"{module.source_name}: {stage} of source and merged model")
     for wandb_logger in trainer.loggers:
         if isinstance(wandb_logger, WandbLogger):
@@ -302,7 +317,7 @@ def card(module: AlphaModule, rows: list[Row]) -> str:
         table=rows,
         command=None,
         provenance=provenance(),
-        notes=[],
+        notes=gate_notes(module.checks),
     )
 
 

@@ -25,6 +25,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lmerge.callbacks import Artefacts, ExportCheckpoint, HungarianAlignment, Repair
 from lmerge.data.module import MMLUDataModule
 from lmerge.files import write_text
+from lmerge.gate import EXIT_CODE, GateConfig
 from lmerge.module import AlphaModule
 
 WandbMode = Literal["offline", "online", "disabled"]
@@ -139,6 +140,7 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(Repair, "repair")
         parser.add_lightning_class_args(Artefacts, "artefacts")
         parser.add_lightning_class_args(ExportCheckpoint, "export")
+        parser.add_class_arguments(GateConfig, "gate")
         parser.link_arguments("run_dir", "model.run_dir")
         parser.link_arguments("run_dir", "trainer.default_root_dir")
         parser.link_arguments("model.source", "data.source")
@@ -186,6 +188,7 @@ class CLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Check data and model; only then the run folder is made, or emptied to be replaced."""
         ckpt_path = self._get(self.config, "ckpt_path")
+        self.model.gate = self._get(self.config_init, "gate")
         self.datamodule.setup(self.subcommand)
         self.model.check(self.subcommand, ckpt_path)
         if self.subcommand == "fit" and not ckpt_path:
@@ -253,6 +256,7 @@ def _quiet() -> None:
 COMMANDS: dict[str, tuple[str, str]] = {
     "similarity": ("lmerge.similarity_study", "run_similarity"),
     "sweep": ("lmerge.sweep", "sweep"),
+    "diff": ("lmerge.diff", "diff"),
 }
 """Commands beside fit, validate and test: name -> (module, function), imported when called.
 
@@ -289,7 +293,7 @@ def _run_command(name: str, args: list[str]) -> None:
 
 def _run_lightning(args: list[str]) -> None:
     with _argv(args):
-        CLI(
+        cli = CLI(
             AlphaModule,
             MMLUDataModule,
             save_config_callback=WriteConfig,
@@ -298,6 +302,9 @@ def _run_lightning(args: list[str]) -> None:
             trainer_defaults={"max_epochs": 2, "num_sanity_val_steps": 0},
             auto_configure_optimizers=False,
         )
+    if cli.model.gate.enforce and not all(check.passed for check in cli.model.checks):
+        sys.stderr.write("lmerge: the merged model failed its gate; see the table.\n")
+        sys.exit(EXIT_CODE)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -228,13 +228,14 @@ class TextMetric(IndexedMetric):
         columns = {"nll_B": nll_B, "token_B": token_B, "kl_B": kl_B, "agree_B": agree_B}
         self.append(index_B, columns)
 
-    def compute(self) -> dict[str, float]:
+    def compute(self) -> dict[str, Any]:
         """Return the scores of the whole text.
 
         Returns:
-            `loss` (nats a token) with `loss_low` and `loss_high` (95%, bootstrap over blocks),
-            `ppl`, `tokens`; `bits_per_byte`, `kl` (nats a token) and `agreement` (a share) where
-            they are known.
+            `block_nats` and `block_tokens` of each block with a target, so that two runs can be
+            paired; `loss` (nats a token) with `loss_low` and `loss_high` (95%, bootstrap over
+            blocks), `ppl`, `tokens`; `bits_per_byte`, `kl` (nats a token) and `agreement`
+            (a share) where they are known.
         """
         _, nll_N, token_N, kl_N, agree_N = self.sorted_rows().unbind(dim=1)
         counted_N = token_N > 0
@@ -242,12 +243,14 @@ class TextMetric(IndexedMetric):
             raise ValueError("A text needs at least one target, got none. Use a longer text.")
         nats, tokens = exact_sum(nll_N), int(exact_sum(token_N))
         interval = bootstrap_interval(nll_N[counted_N], weights=token_N[counted_N], seed=self.seed)
-        scores = {
+        scores: dict[str, Any] = {
             "loss": nats / tokens,
             "loss_low": interval.low,
             "loss_high": interval.high,
             "ppl": perplexity(nats, tokens),
             "tokens": float(tokens),
+            "block_nats": nll_N[counted_N].tolist(),
+            "block_tokens": token_N[counted_N].long().tolist(),
         }
         if self.num_bytes is not None:
             scores["bits_per_byte"] = bits_per_byte(nats, self.num_bytes)

@@ -19,6 +19,7 @@ from lmerge.cache import StateCache, keep_states
 from lmerge.data.module import MMLUDataModule
 from lmerge.data.records import ChoiceBatch, TextBatch
 from lmerge.evaluate import Evaluation
+from lmerge.gate import Check, GateConfig
 from lmerge.llama import num_layers
 from lmerge.losses import LossConfig, letter_prompts
 from lmerge.merged import MergedLlama
@@ -107,6 +108,8 @@ class AlphaModule(LightningModule):
         self.run_dir = Path(run_dir)
         self.seed = seed
         self.results: dict[str, Any] = {}
+        self.gate = GateConfig()
+        self.checks: list[Check] = []
         self.similarity_LL: dict[str, Tensor] = {}
         self.candidates: list[Candidate] = []
         self.state: RunState | None = None

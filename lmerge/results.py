@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,9 @@ def table_rows(results: Mapping[str, Any]) -> list[Row]:
         label = {"letter": "accuracy, letters", "cloze": "accuracy, answer texts"}[scoring]
         source, merged = both["source"]["micro"], both["merged"]["micro"]
         rows.append((label, accuracy(source), accuracy(merged)))
+        if all("confusion" in both[model] for model in ("source", "merged")):
+            before, after = (chosen(both[model]["confusion"]) for model in ("source", "merged"))
+            rows.append((f"chosen A/B/C/D, {scoring}", before, after))
     for name, both in results["text"].items():
         rows.append(
             (f"loss on {name} text (nats/token)", loss(both["source"]), loss(both["merged"]))
@@ -65,6 +68,11 @@ def accuracy(rate: Mapping[str, float]) -> str:
     """Return an accuracy with its 95% interval in percent."""
     value, low, high = (100 * rate[key] for key in ("accuracy", "low", "high"))
     return f"{value:.1f}% [{low:.1f}, {high:.1f}]"
+
+
+def chosen(confusion: Sequence[Sequence[int]]) -> str:
+    """Return how often each choice was taken, so that a model that always says A is visible."""
+    return "/".join(str(sum(column)) for column in zip(*confusion, strict=True))
 
 
 def loss(scores: Mapping[str, float]) -> str:

@@ -23,7 +23,11 @@ SMALL = (
 
 def run(*args: str | Path) -> None:
     """Call `lmerge ARGS`; raises SystemExit where the program would exit with an error."""
-    main([str(arg) for arg in args])
+    options = [str(arg) for arg in args]
+    # Random models fail the gate by chance; its own tests name an option of it.
+    if options[0] in ("fit", "validate", "test") and not any("--gate." in o for o in options):
+        options.append("--gate.enforce=false")
+    main(options)
 
 
 def fit(source: Path, run_dir: Path, *args: str | Path) -> None:

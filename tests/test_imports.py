@@ -54,6 +54,8 @@ ORDER = (
     "evaluate",
     "cost",
     "results",
+    "gate",
+    "diff",
     "figures",
     "export",
     "similarity_study",

@@ -264,7 +264,8 @@ def test_the_loss_lies_in_its_interval() -> None:
 def test_a_text_without_a_source_has_loss_alone() -> None:
     metric = TextMetric()
     metric.update(torch.tensor([0, 1]), torch.tensor([3.0, 5.0]), torch.tensor([2, 2]))
-    assert set(metric.compute()) == {"loss", "loss_low", "loss_high", "ppl", "tokens"}
+    blocks = {"block_nats", "block_tokens"}
+    assert set(metric.compute()) == {"loss", "loss_low", "loss_high", "ppl", "tokens", *blocks}
 
 
 def test_a_block_without_targets_changes_no_score() -> None:
