@@ -334,7 +334,7 @@ def as_bits(choices: ChoiceMetric, text: TextMetric) -> dict[str, object]:
     return {
         "index": outcomes.index_N.tolist(),
         "logp": [x.hex() for x in outcomes.logp_N4.flatten().tolist()],
-        "text": {name: value.hex() for name, value in text.compute().items()},
+        "text": {name: repr(value) for name, value in text.compute().items()},
     }
 
 
