@@ -32,7 +32,8 @@ class GateConfig:
     max_ppl_ratio: float | None = 3.0
     """Perplexity of the merged model over the source's, on each text; at least 1."""
     min_accuracy_ratio: float | None = 0.8
-    """Accuracy of the merged model over the source's, for each scoring; in [0, 1]."""
+    """Upper end of the merged model's 95% interval over the source's accuracy, for each scoring; in
+    [0, 1]."""
     max_kl: float | None = 1.0
     """KL from the source on each text, in nats a token; above 0."""
     min_distinct: float | None = 0.1
@@ -73,9 +74,11 @@ def check_gate(results: Mapping[str, Any], config: GateConfig) -> list[Check]:
         checks += _at_most(f"perplexity ratio on {name} text", ratio, config.max_ppl_ratio)
         checks += _at_most(f"KL on {name} text", both["merged"]["kl"], config.max_kl)
     for scoring, both in results["choices"].items():
-        source, merged = (both[m]["micro"]["accuracy"] for m in ("source", "merged"))
+        # The upper end of the interval: on few questions a loss may be chance.
+        source, merged = both["source"]["micro"]["accuracy"], both["merged"]["micro"]["high"]
         ratio = merged / source if source > 0 else 1.0
-        checks += _at_least(f"accuracy ratio, {scoring}", ratio, config.min_accuracy_ratio)
+        name = f"accuracy ratio (upper end), {scoring}"
+        checks += _at_least(name, ratio, config.min_accuracy_ratio)
     generation = results.get("generation")
     if generation:
         source, merged = generation["source"], generation["merged"]

@@ -14,7 +14,7 @@ def results(ppl: float = 31.0, kl: float = 0.1, accuracy: float = 0.25) -> dict[
         "choices": {
             "letter": {
                 "source": {"micro": {"accuracy": 0.25}},
-                "merged": {"micro": {"accuracy": accuracy}},
+                "merged": {"micro": {"accuracy": accuracy, "high": accuracy}},
             }
         },
         "generation": {
@@ -66,3 +66,9 @@ def test_greedy_with_a_cache_is_greedy_without() -> None:
 def test_an_impossible_limit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"gate\.max_ppl_ratio"):
         GateConfig(max_ppl_ratio=0.5)
+
+
+def test_a_loss_within_the_interval_may_be_chance() -> None:
+    scores = results(accuracy=0.1)
+    scores["choices"]["letter"]["merged"]["micro"]["high"] = 0.3
+    assert all(check.passed for check in check_gate(scores, GateConfig()))
