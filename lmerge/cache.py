@@ -6,6 +6,7 @@ Nothing below the first merged layer depends on the alphas, and nothing of the s
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,15 +43,21 @@ def cache_states(
         first_merged: Index of the first merged layer.
         batch_size: Blocks in one forward pass.
     """
+    parts = _states(source, token_BT, first_merged, batch_size)
+    prefixes, finals = zip(*((prefix.cpu(), final.cpu()) for prefix, final in parts), strict=True)
+    return StateCache(torch.cat(prefixes), torch.cat(finals))
+
+
+def _states(
+    source: PreTrainedModel, token_BT: Tensor, first_merged: int, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield both states (B, T, D) of one batch of blocks after another, on the source's device."""
     below = span(source, 0, first_merged)
     above = span(source, first_merged, num_layers(source), final_norm=True)
     batches = token_BT.split(batch_size)
-    prefixes, finals = [], []
     for part_BT in track(batches, "calibration states", total=len(batches)):
         prefix_BTD = run_span(below, embed(source, part_BT.to(source.device)))
-        prefixes.append(prefix_BTD.cpu())
-        finals.append(run_span(above, prefix_BTD).cpu())
-    return StateCache(torch.cat(prefixes), torch.cat(finals))
+        yield prefix_BTD, run_span(above, prefix_BTD)
 
 
 def keep_states(
@@ -91,16 +98,11 @@ def _write_states(
     shape: tuple[int, ...],
 ) -> None:
     """Write the states batch by batch, so that no more than a batch is in memory."""
-    below = span(source, 0, first_merged)
-    above = span(source, first_merged, num_layers(source), final_norm=True)
     partial = [path.with_name(path.name + ".partial") for path in paths]
     mapped = [_mapped(path, shape, source.dtype) for path in partial]
-    starts = range(0, len(token_BT), 4)
-    for start in track(starts, "calibration states", total=len(starts)):
-        rows = slice(start, start + 4)
-        prefix_BTD = run_span(below, embed(source, token_BT[rows].to(source.device)))
-        mapped[0][rows].copy_(prefix_BTD)
-        mapped[1][rows].copy_(run_span(above, prefix_BTD))
+    for i, states in enumerate(_states(source, token_BT, first_merged, batch_size=4)):
+        for file, state_BTD in zip(mapped, states, strict=True):
+            file[4 * i : 4 * i + 4].copy_(state_BTD)
     for path, wanted in zip(partial, paths, strict=True):
         path.rename(wanted)  # a file of this name is whole
 
