@@ -1,6 +1,4 @@
-import json
 import logging
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +6,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from checkpoints import edit_config, logits, refusal
 from conftest import byte_tokenizer, tiny_model
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
@@ -100,33 +99,6 @@ def tiny_gguf(tmp_path: Path, cache: Path) -> Path:
     path = tmp_path / "tiny.gguf"
     write_gguf(path, tiny_model())
     return path
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path, tiny_dir: Path) -> Path:
-    """A copy of the tiny checkpoint that a test may damage."""
-    return Path(shutil.copytree(tiny_dir, tmp_path / "checkpoint"))
-
-
-def edit_config(folder: Path, **changes: object) -> None:
-    path = folder / "config.json"
-    config = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({key: value for key, value in config.items() if value != "remove"}))
-
-
-def refusal(load: object, *arguments: object) -> str:
-    assert callable(load)
-    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the callers check the text
-        load(*arguments)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-def logits(model: PreTrainedModel) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = model(torch.arange(40)[None]).logits
-    return result
 
 
 def test_folder_without_config_is_refused(tmp_path: Path) -> None:

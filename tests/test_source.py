@@ -1,4 +1,3 @@
-import json
 import logging
 import shutil
 import time
@@ -8,9 +7,9 @@ import gguf
 import huggingface_hub.constants
 import pytest
 import torch
+from checkpoints import logits, refusal
 from conftest import byte_tokenizer, tiny_model
-from torch import Tensor
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from lmerge import source
 from lmerge.source import (
@@ -23,33 +22,6 @@ from lmerge.source import (
 )
 
 SAMPLE = "<|im_start|>user\nÜber 日本 123  x\n<|im_end|>"
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path, tiny_dir: Path) -> Path:
-    """A copy of the tiny checkpoint that a test may damage."""
-    return Path(shutil.copytree(tiny_dir, tmp_path / "checkpoint"))
-
-
-def edit_config(folder: Path, **changes: object) -> None:
-    path = folder / "config.json"
-    config = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({key: value for key, value in config.items() if value != "remove"}))
-
-
-def refusal(load: object, *arguments: object) -> str:
-    assert callable(load)
-    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the callers check the text
-        load(*arguments)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-def logits(model: PreTrainedModel) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = model(torch.arange(40)[None]).logits
-    return result
 
 
 def test_local_folder_gives_the_saved_weights(tiny_dir: Path, tiny_llama: LlamaForCausalLM) -> None:
