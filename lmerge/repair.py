@@ -194,6 +194,22 @@ def refit_groups(
     return refits
 
 
+def down_rows(
+    one: PreTrainedModel, inputs: list[Tensor], state_BTD: Tensor, target_BTD: Tensor
+) -> Positions:
+    """Run one layer and return its neurons' activations, residuals and targets, (B, T, ...) each.
+
+    Args:
+        one: The layer, as a part of a model.
+        inputs: The list of `capture_down_input` on that layer.
+        state_BTD: Input states of the layer.
+        target_BTD: Wanted output states.
+    """
+    output_BTD = run_span(one, state_BTD.to(one.device)).float()
+    target_BTD = target_BTD.to(output_BTD)
+    return inputs.pop(), target_BTD - output_BTD, target_BTD
+
+
 def _advance(part: PreTrainedModel, states: list[Tensor], description: str) -> list[Tensor]:
     """Return the states after a part of a model, batch by batch, on the states' device."""
     if not len(decoder_layers(part)):
@@ -218,11 +234,9 @@ def _positions(
     with capture_down_input(layer.template) as inputs:
         batches = zip(currents, targets, held, strict=True)
         for current_BTD, target_BTD, is_held_B in track(batches, description, total=len(currents)):
-            output_BTD = run_span(one, current_BTD.to(one.device)).float()
-            target_BTD = target_BTD.to(output_BTD)
-            rows = (inputs.pop(), target_BTD - output_BTD, target_BTD)
+            rows = down_rows(one, inputs, current_BTD, target_BTD)
             for is_held in (False, True):
-                chosen_B = (is_held_B == is_held).to(output_BTD.device)
+                chosen_B = (is_held_B == is_held).to(rows[0].device)
                 if chosen_B.any():
                     a_NF, residual_ND, target_ND = (x[chosen_B].flatten(0, 1) for x in rows)
                     yield (a_NF, residual_ND, target_ND), is_held

@@ -24,7 +24,7 @@ from lmerge.llama import (
 )
 from lmerge.plan import Group, check_num_removed
 from lmerge.progress import track
-from lmerge.repair import NormalEquations, position_weights
+from lmerge.repair import NormalEquations, down_rows, position_weights
 
 SearchMethod = Literal["block_repaired"]
 
@@ -116,11 +116,9 @@ def _refitted_layer(
     equations = NormalEquations.zeros(down_DF.shape[1], down_DF.shape[0], down_DF.device)
     with capture_down_input(layer) as inputs:
         for x_BTD, y_BTD in zip(input_BTD.split(4), target_BTD.split(4), strict=True):
-            output_BTD = run_span(one, x_BTD.to(one.device)).float()
-            y_BTD = y_BTD.to(output_BTD)
-            residual_ND = (y_BTD - output_BTD).flatten(0, 1)
-            weight_N = position_weights(y_BTD.flatten(0, 1))
-            equations = equations.update(inputs.pop().flatten(0, 1), residual_ND, weight_N)
+            rows = down_rows(one, inputs, x_BTD, y_BTD)
+            a_NF, residual_ND, target_ND = (row.flatten(0, 1) for row in rows)
+            equations = equations.update(a_NF, residual_ND, position_weights(target_ND))
     changed_DF = (down_DF.double() + equations.solve(RIDGE)).to(down_DF.dtype)
     return with_tensors(layer, {**weights, "down_proj": changed_DF})
 
