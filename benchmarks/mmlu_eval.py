@@ -23,20 +23,18 @@ import json
 import logging
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import yaml
 
 from lmerge.data.batching import context_length
-from lmerge.data.prompts import build_choice_batches, prefix_text
+from lmerge.data.prompts import build_choice_batches
 from lmerge.data.questions import load_questions
 from lmerge.data.records import LETTERS
 from lmerge.data.stage import first_questions
-from lmerge.data.tokens import encode, letter_ids
+from lmerge.data.tokens import encode
 from lmerge.prefix import PrefixCache
 from lmerge.progress import track
 from lmerge.score import score_choices
@@ -44,16 +42,10 @@ from lmerge.source import load_model, load_tokenizer
 
 NUM_SHOTS = 5
 LM_EVAL = "0.4.13"
-PROBED = 8
-"""Prompts on which the batch sizes of lm-eval are compared."""
-DOC_TO_TEXT = (
-    "{{question}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\nD. {{choices[3]}}"
-    "\nAnswer:"
-)
 
 
-class Answers(NamedTuple):
-    """What one side computed for each question."""
+class Ours(NamedTuple):
+    """What lmerge computed for each question."""
 
     seconds: float
     prompts: list[tuple[int, ...]]
@@ -100,7 +92,7 @@ def run_lmerge(model, tokenizer, questions, examples, max_tokens):
             tail = batch.token_BT[row][batch.segment_BT[row] == 0]
             prompts[index] = (*batch.prefix_P.tolist(), *tail.tolist())
             logps[index] = logp_B4[row].tolist()
-    return Answers(seconds, prompts, logps), batches
+    return Ours(seconds, prompts, logps), batches
 
 
 def unique_sequences(batches):
@@ -131,103 +123,6 @@ def run_bare(model, sequences, max_tokens):
         state_BTD = model.model(input_ids=torch.tensor(rows), use_cache=False).last_hidden_state
         model.lm_head(state_BTD[torch.arange(len(part)), last_B]).log_softmax(dim=-1)
     return time.perf_counter() - start
-
-
-def write_tasks(folder, questions, examples):
-    """Write the questions and one lm-eval task a subject; return the names of the tasks."""
-    by_subject = {}
-    for index, question in enumerate(questions):
-        by_subject.setdefault(question.subject, []).append((index, question))
-    for subject, asked in by_subject.items():
-        shown = enumerate(examples[subject, "en"])
-        for split, rows in (("test", asked), ("dev", shown)):
-            lines = [
-                {"index": i, "question": q.text, "choices": q.choices, "answer": q.answer}
-                for i, q in rows
-            ]
-            text = "".join(json.dumps(line) + "\n" for line in lines)
-            (folder / f"{subject}_{split}.jsonl").write_text(text)
-        task = {
-            "task": f"local_{subject}",
-            "dataset_path": "json",
-            "dataset_kwargs": {
-                "data_files": {s: str(folder / f"{subject}_{s}.jsonl") for s in ("test", "dev")},
-                "cache_dir": str(folder / "cache"),
-            },
-            "test_split": "test",
-            "fewshot_split": "dev",
-            "fewshot_config": {"sampler": "first_n"},
-            "num_fewshot": NUM_SHOTS,
-            "output_type": "multiple_choice",
-            "description": prefix_text(subject, [], "letter"),
-            "doc_to_text": DOC_TO_TEXT,
-            "doc_to_choice": list(LETTERS),
-            "doc_to_target": "answer",
-            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        }
-        (folder / f"{subject}.yaml").write_text(yaml.safe_dump(task, allow_unicode=True))
-    return [f"local_{subject}" for subject in by_subject]
-
-
-def recorder(model, tokenizer, batch_size):
-    """Return lm-eval's model of ours, which notes its time and the token ids that it is asked."""
-    from lm_eval.models.huggingface import HFLM
-
-    class Recorder(HFLM):
-        seconds = 0.0
-
-        def loglikelihood(self, requests, disable_tqdm=False):
-            start = time.perf_counter()
-            answers = super().loglikelihood(requests, disable_tqdm)
-            self.seconds += time.perf_counter() - start
-            return answers
-
-        def _loglikelihood_tokens(self, requests, *args, **kwargs):
-            # The text of a request -> the ids that the model sees.
-            self.prompts = {text: (*ids, *more[:-1]) for text, ids, more in requests}
-            return super()._loglikelihood_tokens(requests, *args, **kwargs)
-
-    return Recorder(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-
-
-def fastest_batch_size(model, tokenizer, prompts, sizes):
-    """Return the batch size at which lm-eval is fastest on prompts around the median length."""
-    middle = max(0, len(prompts) // 2 - PROBED // 2)
-    probe = sorted(prompts, key=len)[middle : middle + PROBED]
-    letters = letter_ids(tokenizer)
-    requests = [
-        ((str(i), str(letter)), list(prompt), [letter])
-        for i, prompt in enumerate(probe)
-        for letter in letters
-    ]
-    times = {}
-    for size in sizes:
-        lm = recorder(model, tokenizer, size)
-        start = time.perf_counter()
-        lm._loglikelihood_tokens(requests, disable_tqdm=True)
-        times[size] = time.perf_counter() - start
-        print(f"lm-eval, {len(probe)} prompts, batch size {size}: {times[size]:.1f} s", flush=True)
-    return min(times, key=times.get)
-
-
-def run_lm_eval(model, tokenizer, questions, examples, batch_size):
-    """Score all questions with lm-eval."""
-    from lm_eval.evaluator import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    lm = recorder(model, tokenizer, batch_size)
-    with tempfile.TemporaryDirectory() as name:
-        tasks = write_tasks(Path(name), questions, examples)
-        manager = TaskManager(include_path=name, include_defaults=False)
-        found = simple_evaluate(
-            lm, tasks=tasks, task_manager=manager, bootstrap_iters=0, log_samples=True
-        )
-    prompts, logps = [()] * len(questions), [[]] * len(questions)
-    for sample in (sample for task in tasks for sample in found["samples"][task]):
-        index = sample["doc"]["index"]
-        prompts[index] = lm.prompts[tuple(sample["arguments"][0])]
-        logps[index] = [float(answer[0][0]) for answer in sample["resps"]]
-    return Answers(lm.seconds, prompts, logps)
 
 
 def margin(logps):
@@ -338,8 +233,13 @@ def main():
         print(f"lmerge {times[-1]:.1f} s, bare forward {bare_times[-1]:.1f} s", flush=True)
     if options.no_lm_eval:
         return
+    # Imported here, since --no_lm_eval does without it and it takes seconds.
+    from support.lm_eval_side import fastest_batch_size, run_lm_eval
+
     size = fastest_batch_size(model, tokenizer, ours.prompts, options.batch_sizes)
-    theirs = run_lm_eval(model, tokenizer, questions, examples, size)
+    theirs = run_lm_eval(
+        model, tokenizer, questions, examples, num_shots=NUM_SHOTS, batch_size=size
+    )
     records = compare(questions, ours, theirs)
     seconds = [statistics.median(values) for values in (times, bare_times)]
     result = report(records, seconds[0], seconds[1], theirs, sum(map(len, sequences)))

@@ -3,15 +3,16 @@ import importlib.util
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
 from conftest import byte_tokenizer
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from vocabularies import TOKENIZERS, fast
 
 from lmerge.data.prompts import (
     ANSWER_TEXTS,
@@ -73,57 +74,6 @@ def question(text: str, choices: tuple[str, str, str, str], answer: int) -> Ques
 
 EXAMPLE = question("What is 1+1?", ("one", "two", "three", "None"), 1)
 ASKED = question(" Why?", ("w", "x", "y", "z"), 3)
-
-
-def corpus() -> list[str]:
-    return [calibration_text(q) + "\n\n" for q in load_questions("bank", "val")]
-
-
-def bpe(pre_tokenizer: pre_tokenizers.PreTokenizer) -> Tokenizer:
-    """A BPE tokenizer trained on the bank; it has tokens for " A" and for double line breaks."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizer
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1500, initial_alphabet=alphabet, show_progress=False, special_tokens=["<s>"]
-    )
-    tokenizer.train_from_iterator(corpus(), trainer)
-    return tokenizer
-
-
-def fast(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
-def add_ends(tokenizer: Tokenizer) -> Tokenizer:
-    """Make the tokenizer put <s> before and after each text."""
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A <s>", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
-    )
-    return tokenizer
-
-
-def sentencepiece_bpe() -> Tokenizer:
-    """Spaces become ▁ and one stands before each text, as in Llama 2."""
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-    special = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=2000, show_progress=False, special_tokens=special)
-    tokenizer.train_from_iterator(corpus(), trainer)
-    return add_ends(tokenizer)
-
-
-TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
-    "byte": byte_tokenizer,
-    "bpe": lambda: fast(bpe(pre_tokenizers.ByteLevel(add_prefix_space=False))),
-    "bos": lambda: fast(add_ends(bpe(pre_tokenizers.ByteLevel(add_prefix_space=False)))),
-    # Without word boundaries a token may join the end of a text with what follows it.
-    "greedy": lambda: fast(bpe(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))),
-    "sentencepiece": lambda: fast(sentencepiece_bpe()),
-}
 
 
 @pytest.fixture(scope="module", params=TOKENIZERS)

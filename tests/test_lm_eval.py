@@ -1,0 +1,139 @@
+"""An lm-eval run on an exported folder finds what lmerge finds, by the documented command."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cli_run import fit
+from conftest import tiny_model
+from support.lm_eval_tasks import write_tasks
+from tokenizers import processors
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+from vocabularies import TOKENIZERS
+
+from lmerge.data.prompts import build_choice_batches
+from lmerge.data.stage import StageData, read_stage
+from lmerge.export import export_model
+from lmerge.score import PrefixCache, score_choices
+from lmerge.source import load_model, load_tokenizer
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("lm_eval") is None, reason="needs lm-eval (the extra `bench`)"
+    ),
+]
+
+DOMAINS, NUM_SHOTS, NUM_QUESTIONS = ["medical", "humanities"], 2, 6
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    tokenizer = TOKENIZERS["bpe"]()
+    tokenizer.eos_token = tokenizer.pad_token = "<s>"
+    return tokenizer
+
+
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """With <s> before a text, as Llama 2."""
+    tokenizer = TOKENIZERS["sentencepiece"]()
+    bos = [("<s>", tokenizer.convert_tokens_to_ids("<s>"))]
+    post = processors.TemplateProcessing(single="<s> $A", special_tokens=bos)
+    tokenizer.backend_tokenizer.post_processor = post
+    tokenizer.bos_token = tokenizer.eos_token = tokenizer.pad_token = "<s>"
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def asked() -> StageData:
+    return read_stage(
+        "validate",
+        questions="bank",
+        domains=DOMAINS,
+        extra_domains=None,
+        languages=["en"],
+        num_shots=NUM_SHOTS,
+        max_questions=NUM_QUESTIONS,
+        calibration_text=None,
+        eval_text=None,
+    )
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on a tiny model that was asked these questions."""
+    folder, tokenizer = tmp_path_factory.mktemp("lm_eval"), byte_level()
+    tiny_model(vocab_size=len(tokenizer)).save_pretrained(folder / "source")
+    tokenizer.save_pretrained(folder / "source")
+    options = {
+        "domains": f"[{','.join(DOMAINS)}]",
+        "num_shots": NUM_SHOTS,
+        "max_questions": NUM_QUESTIONS,
+        "scorings": "[letter]",
+        "eval_text": "null",
+    }
+    arguments = [f"--data.{name}={value}" for name, value in options.items()]
+    fit(folder / "source", folder / "run", *arguments)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def theirs(run_dir: Path, asked: StageData, tmp_path_factory: pytest.TempPathFactory) -> Tensor:
+    return lm_eval(run_dir / "model", asked, tmp_path_factory.mktemp("tasks"))
+
+
+def lm_eval(exported: Path, asked: StageData, folder: Path) -> Tensor:
+    """What the documented command says: the log-probability of each letter of each question."""
+    tasks = write_tasks(folder, asked.questions, asked.examples, NUM_SHOTS)
+    command = f"-m lm_eval --model hf --tasks {','.join(tasks)} --device cpu --log_samples"
+    paths = ("--include_path", folder, "--output_path", folder / "out")
+    arguments = ("--model_args", f"pretrained={exported},dtype=float32")
+    subprocess.run([sys.executable, *command.split(), *arguments, *paths], check=True)
+    logp_N4 = torch.full((len(asked.questions), 4), torch.nan, dtype=torch.float64)
+    for path in (folder / "out").rglob("samples_*.jsonl"):
+        for line in path.read_text().splitlines():
+            sample = json.loads(line)
+            answers = [float(answer[0][0]) for answer in sample["resps"]]
+            logp_N4[sample["doc"]["index"]] = torch.tensor(answers, dtype=torch.float64)
+    return logp_N4
+
+
+def lmerge(exported: Path, asked: StageData) -> Tensor:
+    """The same by lmerge."""
+    model, prefixes = load_model(str(exported)), PrefixCache()
+    logp_N4 = torch.full((len(asked.questions), 4), torch.nan, dtype=torch.float64)
+    for batch in build_choice_batches(
+        asked.questions,
+        asked.examples,
+        load_tokenizer(str(exported)),
+        scoring="letter",
+        num_shots=NUM_SHOTS,
+        max_tokens_per_batch=2048,
+    ):
+        logp_N4[batch.index_B] = score_choices(model, batch, prefixes)
+    return logp_N4
+
+
+def test_lm_eval_chooses_the_letters_of_metrics_json(run_dir: Path, theirs: Tensor) -> None:
+    metrics = json.loads((run_dir / "metrics.json").read_text())["validate"]
+    ours = [row["letter_merged"] for row in metrics["questions"]]
+    assert ours == theirs.argmax(dim=1).tolist()
+
+
+def test_lm_eval_finds_the_log_probabilities_of_an_exported_run(
+    run_dir: Path, asked: StageData, theirs: Tensor
+) -> None:
+    torch.testing.assert_close(lmerge(run_dir / "model", asked), theirs, rtol=0, atol=1e-4)
+
+
+def test_lm_eval_agrees_where_a_tokenizer_puts_bos_before_a_text(
+    asked: StageData, tmp_path: Path
+) -> None:
+    tokenizer, exported = sentencepiece(), tmp_path / "model"
+    export_model(tiny_model(vocab_size=len(tokenizer)), tokenizer, exported, card="")
+    ours_N4, theirs_N4 = lmerge(exported, asked), lm_eval(exported, asked, tmp_path)
+    torch.testing.assert_close(ours_N4, theirs_N4, rtol=0, atol=1e-4)
