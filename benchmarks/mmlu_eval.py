@@ -10,8 +10,8 @@ see the same token ids, which is checked question by question. Timed are the enc
 prompts and the scoring; loading the model and the data is not, on either side.
 
 The bare forward pass runs the tokens that have to be computed, each once: the few-shot prefix of
-each subject and the rest of each question, as sequences of their own (no prefix to attend to),
-sorted by length, with logits at the last position alone.
+each subject and the rest of each question, as sequences of their own (no prefix to attend to), batched
+by length like lmerge's, with logits at the last position alone.
 
 Ends with one JSON object: lm-eval's seconds over lmerge's, the share of questions with the same
 letter, and lmerge's seconds over those of the bare forward pass.
@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 
 from lmerge.data.batching import context_length
-from lmerge.data.prompts import build_choice_batches
+from lmerge.data.prompts import build_choice_batches, cut_rows
 from lmerge.data.questions import load_questions
 from lmerge.data.records import LETTERS
 from lmerge.data.stage import first_questions
@@ -108,14 +108,9 @@ def unique_sequences(batches):
 
 @torch.no_grad()
 def run_bare(model, sequences, max_tokens):
-    """Return the seconds of a forward pass of sequences, those of like length together."""
-    parts, part = [], []
-    for sequence in sorted(sequences, key=len):
-        if part and (len(part) + 1) * len(sequence) > max_tokens:
-            parts.append(part)
-            part = []
-        part.append(sequence)
-    parts.append(part)
+    """Return the seconds of a forward pass of sequences, cut into batches as lmerge cuts."""
+    cuts = cut_rows([len(sequence) for sequence in sequences], max_tokens)
+    parts = [[sequences[i] for i in cut] for cut in cuts]
     start = time.perf_counter()
     for part in track(parts, "bare forward"):
         last_B = torch.tensor([len(sequence) - 1 for sequence in part])
