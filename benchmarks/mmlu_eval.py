@@ -10,8 +10,8 @@ see the same token ids, which is checked question by question. Timed are the enc
 prompts and the scoring; loading the model and the data is not, on either side.
 
 The bare forward pass runs the tokens that have to be computed, each once: the few-shot prefix of
-each subject and the rest of each question, as sequences of their own (no prefix to attend to), batched
-by length like lmerge's, with logits at the last position alone.
+each subject and the rest of each question, as sequences of their own (no prefix to attend to),
+batched by length as lmerge does it, with logits at the last position alone.
 
 Ends with one JSON object: lm-eval's seconds over lmerge's, the share of questions with the same
 letter, and lmerge's seconds over those of the bare forward pass.

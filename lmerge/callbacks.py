@@ -48,7 +48,7 @@ from lmerge.module import AlphaModule
 from lmerge.plan import Group
 from lmerge.progress import track
 from lmerge.repair import RepairConfig, refit_groups
-from lmerge.results import Row, print_table, table_rows, write_metrics
+from lmerge.results import Row, group_tables, print_table, table_rows, write_metrics
 from lmerge.runs import (
     alignment_key,
     read_orders,
@@ -296,6 +296,8 @@ def finish_evaluation(trainer: Trainer, module: AlphaModule, stage: str) -> None
         {"source": module.source_name, "fingerprints": data.fingerprints, **module.results},
     )
     rows = table_rows(module.results) + gate_rows(module.checks)
+    for title, groups in group_tables(module.results).items():
+        print_table(groups, f"{module.source_name}: {stage}, {title}")
     print_table(rows, f"{module.source_name}: {stage} of source and merged model")
     for wandb_logger in trainer.loggers:
         if isinstance(wandb_logger, WandbLogger):

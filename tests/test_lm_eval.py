@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from vocabularies import TOKENIZERS
 
 from lmerge.data.prompts import build_choice_batches
+from lmerge.data.records import Scoring
 from lmerge.data.stage import StageData, read_stage
 from lmerge.export import export_model
 from lmerge.score import PrefixCache, score_choices
@@ -30,6 +32,9 @@ pytestmark = [
 ]
 
 DOMAINS, NUM_SHOTS, NUM_QUESTIONS = ["medical", "humanities"], 2, 6
+SCORINGS = get_args(Scoring)
+TOLERANCE = {"letter": 1e-4, "cloze": 1e-3}
+"""Nats; an answer text has some ten tokens, a letter one."""
 
 
 def byte_level() -> PreTrainedTokenizerFast:
@@ -82,52 +87,68 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def theirs(run_dir: Path, asked: StageData, tmp_path_factory: pytest.TempPathFactory) -> Tensor:
+def theirs(
+    run_dir: Path, asked: StageData, tmp_path_factory: pytest.TempPathFactory
+) -> dict[Scoring, Tensor]:
     return lm_eval(run_dir / "model", asked, tmp_path_factory.mktemp("tasks"))
 
 
-def lm_eval(exported: Path, asked: StageData, folder: Path) -> Tensor:
-    """What the documented command says: the log-probability of each letter of each question."""
-    tasks = write_tasks(folder, asked.questions, asked.examples, NUM_SHOTS)
+def lm_eval(exported: Path, asked: StageData, folder: Path) -> dict[Scoring, Tensor]:
+    """What the documented command says: log-probabilities (N, 4) of the choices."""
+    tasks = [
+        task
+        for scoring in SCORINGS
+        for task in write_tasks(
+            folder, asked.questions, asked.examples, num_shots=NUM_SHOTS, scoring=scoring
+        )
+    ]
     command = f"-m lm_eval --model hf --tasks {','.join(tasks)} --device cpu --log_samples"
     paths = ("--include_path", folder, "--output_path", folder / "out")
     arguments = ("--model_args", f"pretrained={exported},dtype=float32")
     subprocess.run([sys.executable, *command.split(), *arguments, *paths], check=True)
-    logp_N4 = torch.full((len(asked.questions), 4), torch.nan, dtype=torch.float64)
+    found = {scoring: unknown(asked) for scoring in SCORINGS}
     for path in (folder / "out").rglob("samples_*.jsonl"):
         for line in path.read_text().splitlines():
             sample = json.loads(line)
             answers = [float(answer[0][0]) for answer in sample["resps"]]
-            logp_N4[sample["doc"]["index"]] = torch.tensor(answers, dtype=torch.float64)
-    return logp_N4
+            row_4 = torch.tensor(answers, dtype=torch.float64)
+            found[path.name.split("_")[1]][sample["doc"]["index"]] = row_4
+    return found
 
 
-def lmerge(exported: Path, asked: StageData) -> Tensor:
+def lmerge(exported: Path, asked: StageData, scoring: Scoring) -> Tensor:
     """The same by lmerge."""
-    model, prefixes = load_model(str(exported)), PrefixCache()
-    logp_N4 = torch.full((len(asked.questions), 4), torch.nan, dtype=torch.float64)
+    model, prefixes, found_N4 = load_model(str(exported)), PrefixCache(), unknown(asked)
     for batch in build_choice_batches(
         asked.questions,
         asked.examples,
         load_tokenizer(str(exported)),
-        scoring="letter",
+        scoring=scoring,
         num_shots=NUM_SHOTS,
         max_tokens_per_batch=2048,
     ):
-        logp_N4[batch.index_B] = score_choices(model, batch, prefixes)
-    return logp_N4
+        found_N4[batch.index_B] = score_choices(model, batch, prefixes)
+    return found_N4
 
 
-def test_lm_eval_chooses_the_letters_of_metrics_json(run_dir: Path, theirs: Tensor) -> None:
+def unknown(asked: StageData) -> Tensor:
+    return torch.full((len(asked.questions), 4), torch.nan, dtype=torch.float64)
+
+
+def test_lm_eval_chooses_the_letters_of_metrics_json(
+    run_dir: Path, theirs: dict[Scoring, Tensor]
+) -> None:
     metrics = json.loads((run_dir / "metrics.json").read_text())["validate"]
     ours = [row["letter_merged"] for row in metrics["questions"]]
-    assert ours == theirs.argmax(dim=1).tolist()
+    assert ours == theirs["letter"].argmax(dim=1).tolist()
 
 
+@pytest.mark.parametrize("scoring", SCORINGS)
 def test_lm_eval_finds_the_log_probabilities_of_an_exported_run(
-    run_dir: Path, asked: StageData, theirs: Tensor
+    scoring: Scoring, run_dir: Path, asked: StageData, theirs: dict[Scoring, Tensor]
 ) -> None:
-    torch.testing.assert_close(lmerge(run_dir / "model", asked), theirs, rtol=0, atol=1e-4)
+    ours_N4 = lmerge(run_dir / "model", asked, scoring)
+    torch.testing.assert_close(ours_N4, theirs[scoring], rtol=0, atol=TOLERANCE[scoring])
 
 
 def test_lm_eval_agrees_where_a_tokenizer_puts_bos_before_a_text(
@@ -135,5 +156,7 @@ def test_lm_eval_agrees_where_a_tokenizer_puts_bos_before_a_text(
 ) -> None:
     tokenizer, exported = sentencepiece(), tmp_path / "model"
     export_model(tiny_model(vocab_size=len(tokenizer)), tokenizer, exported, card="")
-    ours_N4, theirs_N4 = lmerge(exported, asked), lm_eval(exported, asked, tmp_path)
-    torch.testing.assert_close(ours_N4, theirs_N4, rtol=0, atol=1e-4)
+    theirs = lm_eval(exported, asked, tmp_path)
+    for scoring in SCORINGS:
+        ours_N4 = lmerge(exported, asked, scoring)
+        torch.testing.assert_close(ours_N4, theirs[scoring], rtol=0, atol=TOLERANCE[scoring])

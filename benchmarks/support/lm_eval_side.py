@@ -70,7 +70,7 @@ def run_lm_eval(model, tokenizer, questions, examples, *, num_shots, batch_size)
     lm = Timed(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as name:
-        tasks = write_tasks(Path(name), questions, examples, num_shots)
+        tasks = write_tasks(Path(name), questions, examples, num_shots=num_shots)
         manager = TaskManager(include_path=name, include_defaults=False)
         found = simple_evaluate(
             lm, tasks=tasks, task_manager=manager, bootstrap_iters=0, log_samples=True

@@ -7,13 +7,18 @@ import yaml
 from lmerge.data.prompts import prefix_text
 from lmerge.data.records import LETTERS
 
-DOC_TO_TEXT = (
-    "{{question}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\nD. {{choices[3]}}"
-    "\nAnswer:"
-)
+FORMATS = {
+    "letter": {
+        "doc_to_text": "{{question}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\n"
+        "D. {{choices[3]}}\nAnswer:",
+        "doc_to_choice": list(LETTERS),
+    },
+    "cloze": {"doc_to_text": "{{question}}\nAnswer:", "doc_to_choice": "{{choices}}"},
+}
+"""Prompts of lmerge in the words of lm-eval."""
 
 
-def write_tasks(folder, questions, examples, num_shots):
+def write_tasks(folder, questions, examples, *, num_shots, scoring="letter"):
     """Write the questions and one task a subject; return the names of the tasks."""
     by_subject = {}
     for index, question in enumerate(questions):
@@ -23,7 +28,7 @@ def write_tasks(folder, questions, examples, num_shots):
         write_rows(folder / f"{subject}_dev.jsonl", enumerate(examples[subject, "en"]))
         files = {split: str(folder / f"{subject}_{split}.jsonl") for split in ("test", "dev")}
         task = {
-            "task": f"local_{subject}",
+            "task": f"{scoring}_{subject}",
             "dataset_path": "json",
             "dataset_kwargs": {"data_files": files, "cache_dir": str(folder / "cache")},
             "test_split": "test",
@@ -31,14 +36,13 @@ def write_tasks(folder, questions, examples, num_shots):
             "fewshot_config": {"sampler": "first_n"},
             "num_fewshot": num_shots,
             "output_type": "multiple_choice",
-            "description": prefix_text(subject, [], "letter"),
-            "doc_to_text": DOC_TO_TEXT,
-            "doc_to_choice": list(LETTERS),
+            "description": prefix_text(subject, [], scoring),
+            **FORMATS[scoring],
             "doc_to_target": "answer",
             "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
         }
-        (folder / f"{subject}.yaml").write_text(yaml.safe_dump(task, allow_unicode=True))
-    return [f"local_{subject}" for subject in by_subject]
+        (folder / f"{scoring}_{subject}.yaml").write_text(yaml.safe_dump(task))
+    return [f"{scoring}_{subject}" for subject in by_subject]
 
 
 def write_rows(path, rows):
