@@ -212,6 +212,8 @@ def main():
     options = parse()
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     torch.set_num_threads(options.threads)
+    if not Path(options.data).is_dir():
+        sys.exit(f"`--data` must be a folder of MMLU's CSV files, got {options.data!r}")
     if not options.no_lm_eval:
         check_lm_eval()
     model, tokenizer = load_model(options.source, "float32"), load_tokenizer(options.source)

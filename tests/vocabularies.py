@@ -51,6 +51,17 @@ def sentencepiece_bpe() -> Tokenizer:
     return add_ends(tokenizer)
 
 
+def unigram() -> Tokenizer:
+    """Segments a whole text by likelihood; spaces become ▁ and one stands before each text."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=1500, unk_token="<unk>", show_progress=False, special_tokens=["<unk>", "<s>"]
+    )
+    tokenizer.train_from_iterator(corpus(), trainer)
+    return tokenizer
+
+
 TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "byte": byte_tokenizer,
     "bpe": lambda: fast(bpe(pre_tokenizers.ByteLevel(add_prefix_space=False))),
@@ -58,4 +69,5 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     # Without word boundaries a token may join the end of a text with what follows it.
     "greedy": lambda: fast(bpe(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))),
     "sentencepiece": lambda: fast(sentencepiece_bpe()),
+    "unigram": lambda: fast(unigram()),
 }
