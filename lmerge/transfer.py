@@ -64,7 +64,8 @@ def similar_group(
         ValueError: When the measure is undefined for every block.
     """
     matrix_LL = similarity_matrix(states_LND, measure, information, allow_undefined=True)
-    if not matrix_LL.diagonal(num_removed).isfinite().any():
+    ends = matrix_LL.diagonal(num_removed)
+    if not ends[: max(len(ends) - 1, 1)].isfinite().any():  # `block` leaves the last layer alone
         raise ValueError(
             f"`{measure}` must be defined for some block of {num_removed + 1} layers, got none. "
             "Use more prompts, another `information.sigma`, or another measure."
