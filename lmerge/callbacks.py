@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from typing import cast
 
 import numpy as np
@@ -57,6 +58,7 @@ from lmerge.runs import (
     write_plan,
     write_refits,
 )
+from lmerge.similarity import INFORMATION
 from lmerge.source import model_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -253,8 +255,14 @@ def write_similarity(trainer: Trainer, module: AlphaModule) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, matrix_LL in matrices.items():
         np.save(folder / f"{name.replace('/', '_')}.npy", matrix_LL.numpy(), allow_pickle=False)
-    data = {"measure": module.measure, "pooling": module.pooling, "matrices": list(matrices)}
-    write_json(folder / "similarity.json", {**data, "provenance": provenance()}, schema=1)
+    data = {
+        "measure": module.measure,
+        "information": asdict(module.information) if module.measure in INFORMATION else None,
+        "pooling": module.pooling,
+        "matrices": list(matrices),
+        "provenance": provenance(),
+    }
+    write_json(folder / "similarity.json", data, schema=1)
     figure = similarity_figure(matrices, module.measure, module.state.plan)
     log_figure(trainer, module, figure, "similarity/layers")
 

@@ -255,6 +255,7 @@ def _quiet() -> None:
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "similarity": ("lmerge.similarity_study", "run_similarity"),
+    "transfer": ("lmerge.transfer_study", "run_transfer"),
     "sweep": ("lmerge.sweep", "sweep"),
     "diff": ("lmerge.diff", "diff"),
 }

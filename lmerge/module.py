@@ -20,6 +20,7 @@ from lmerge.data.module import MMLUDataModule
 from lmerge.data.records import ChoiceBatch, TextBatch
 from lmerge.evaluate import Evaluation
 from lmerge.gate import Check, GateConfig
+from lmerge.information import InformationConfig
 from lmerge.llama import num_layers
 from lmerge.losses import LossConfig, letter_prompts
 from lmerge.merged import MergedLlama
@@ -50,6 +51,7 @@ class AlphaModule(LightningModule):
         plan_method: How the layers to merge are chosen: `block` (most similar ends), `tail` (the
             last layers, as MKA released it) or `block_repaired` (least KL after a refit).
         measure: Layer similarity that the plan is made on.
+        information: Options of the measures `npib`, `gaussian_nmi` and `gaussian_nmi_bounded`.
         pooling: Which token's state stands for a calibration prompt.
         alpha: What the alphas can express and where they start.
         loss: What the alphas are trained on.
@@ -74,6 +76,7 @@ class AlphaModule(LightningModule):
         plan: str | None = None,
         plan_method: PlanMethod | SearchMethod = "block_repaired",
         measure: Measure = "angular",
+        information: InformationConfig = InformationConfig(),  # noqa: B008 - frozen
         pooling: Pooling = "last",
         alpha: AlphaConfig = AlphaConfig(),  # noqa: B008 - frozen
         loss: LossConfig = LossConfig(),  # noqa: B008 - frozen
@@ -96,6 +99,7 @@ class AlphaModule(LightningModule):
         self.plan_path = Path(plan) if plan else None
         self.plan_method = plan_method
         self.measure = measure
+        self.information = information
         self.pooling = pooling
         self.alpha = alpha
         self.loss = loss
@@ -206,11 +210,11 @@ class AlphaModule(LightningModule):
             )
             for key, prompts in self.data().calibration_prompts().items()
         }
+        states["all"] = torch.cat(list(states.values()), dim=1)
         self.similarity_LL = {
-            name: similarity_matrix(states_LND, self.measure) for name, states_LND in states.items()
+            name: similarity_matrix(states_LND, self.measure, self.information)
+            for name, states_LND in states.items()
         }
-        everything_LND = torch.cat(list(states.values()), dim=1)
-        self.similarity_LL["all"] = similarity_matrix(everything_LND, self.measure)
 
     def _start_similarity(self) -> Tensor | None:
         """Return the similarity that the alphas start from, equal on all processes."""
