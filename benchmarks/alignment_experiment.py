@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lmerge.activations import neuron_activations
-from lmerge.align import BY_ACTIVATIONS, Aligner, Orders, align_group
+from lmerge.align import BY_ACTIVATIONS, Aligner, Orders
 from lmerge.alphas import AlphaConfig
 from lmerge.data.records import TextBatch
 from lmerge.data.text import block_batches, read_text, token_blocks
+from lmerge.groups import align_group
 from lmerge.llama import (
     LayerTensors,
     decoder_layers,

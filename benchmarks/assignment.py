@@ -19,9 +19,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from lmerge.align import neuron_similarity
 from lmerge.assignment import assign
 from lmerge.llama import LayerTensors
+from lmerge.neurons import neuron_similarity
 
 WIDTHS = {1536: 576, 4096: 1024, 14336: 4096}
 """Neurons -> hidden width, as in SmolLM2-135M, a 0.5B and Llama-3-8B."""
