@@ -104,9 +104,7 @@ def match_neurons(anchor: LayerTensors, member: LayerTensors) -> Tensor:
 
 def with_scales(pair: Pair, order_F: Tensor) -> Transform:
     """Return the transform of an order of neurons, with the signs and scales that fit it."""
-    device = pair.member["gate_proj"].device
-    moved = reorder_neurons(pair.member, order_F.to(device))
-    scale_F = balanced_scales(pair.anchor, moved)
+    scale_F = balanced_scales(pair.anchor, pair.member, order_F)
     if pair.correlation_FF is not None:
         paired_F = pair.correlation_FF.cpu()[torch.arange(len(order_F)), order_F]
         scale_F = torch.where(paired_F < 0, -scale_F.abs(), scale_F.abs())

@@ -67,22 +67,30 @@ def correlation(act_NF: Tensor, act2_NF: Tensor) -> Tensor:
     return unit_FN.T @ unit2_FN
 
 
-def balanced_scales(anchor: LayerTensors, member: LayerTensors) -> Tensor:
-    """Return the factors of the member's up rows that bring its neurons to the anchor's scale.
+def balanced_scales(anchor: LayerTensors, member: LayerTensors, order_F: Tensor) -> Tensor:
+    """Return the factors of the up rows that bring the member's neurons to the anchor's scale.
+
+    Slot i of the result belongs to the member's neuron order_F[i], beside the anchor's neuron i.
 
     The sign is that of cos(up) + cos(down); the size gives up and down the same ratio of lengths
     to the anchor's. A scale that was planted on equal neurons is undone exactly.
     """
-    (up, up2), (down, down2) = (
-        [neuron_rows(layer, name).double().cpu() for layer in (anchor, member)]
-        for name in ("up_proj", "down_proj")
-    )
-    cosine_F = (normalize(up, dim=1) * normalize(up2, dim=1)).sum(dim=1)
-    cosine_F += (normalize(down, dim=1) * normalize(down2, dim=1)).sum(dim=1)
-    ratio_F = up.norm(dim=1) * down2.norm(dim=1) / (up2.norm(dim=1) * down.norm(dim=1))
-    usable_F = ratio_F.isfinite() & (ratio_F > 0)
-    size_F = torch.where(usable_F, ratio_F, 1.0).sqrt()
-    return torch.where(cosine_F < 0, -size_F, size_F)
+    parts = []
+    for rows in _blocks(len(anchor["up_proj"])):
+        (up, up2), (down, down2) = (
+            (
+                neuron_rows(anchor, name)[rows].double().cpu(),
+                neuron_rows(member, name)[order_F[rows]].double().cpu(),
+            )
+            for name in ("up_proj", "down_proj")
+        )
+        cosine_B = (normalize(up, dim=1) * normalize(up2, dim=1)).sum(dim=1)
+        cosine_B += (normalize(down, dim=1) * normalize(down2, dim=1)).sum(dim=1)
+        ratio_B = up.norm(dim=1) * down2.norm(dim=1) / (up2.norm(dim=1) * down.norm(dim=1))
+        usable_B = ratio_B.isfinite() & (ratio_B > 0)
+        size_B = torch.where(usable_B, ratio_B, 1.0).sqrt()
+        parts.append(torch.where(cosine_B < 0, -size_B, size_B))
+    return torch.cat(parts)
 
 
 def matched_similarity(anchor: LayerTensors, member: LayerTensors, order_F: Tensor) -> Tensor:

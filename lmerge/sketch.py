@@ -20,21 +20,26 @@ SMALLEST = 4096
 """Neurons from which on a sketch saves time."""
 BLOCK = 256
 """Rows that are worked on together."""
-CHUNK = 2048
-"""Pairs whose exact similarity is formed together."""
+CHUNK = 256
+"""Pairs whose exact similarity is formed together; their rows fit the cache."""
 NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
 class Rows(NamedTuple):
-    """The neurons' rows of one matrix, and their 8-bit copies."""
+    """The neurons' rows of one matrix."""
 
-    exact_FD: Tensor
+    row_FD: Tensor
     """As the weights lie; their dtype."""
     norm_F: Tensor
     """Lengths of the rows, float32; never 0."""
-    code_FD: Tensor
+
+
+class Codes(NamedTuple):
+    """8-bit copies of some rows, brought to length 1."""
+
+    code_BD: Tensor
     """int8."""
-    step_F: Tensor
+    step_B: Tensor
     """Row / length is about code * step, float32."""
 
 
@@ -54,17 +59,17 @@ def neuron_sketch(anchor: LayerTensors, member: LayerTensors) -> Sketch:
     of its standard deviation. Beside the result it holds the 8-bit copies while it works.
     """
     pairs = {name: (_rows(anchor, name), _rows(member, name)) for name in NAMES}
+    codes = [_all_codes(pairs[name][1]) for name in NAMES]
     size = len(anchor["gate_proj"])
     rough_FF = torch.empty(size, size, dtype=torch.float16)
-    gate, up, down = (pairs[name] for name in NAMES)
-    step_F = up[1].step_F * down[1].step_F
     for start in range(0, size, BLOCK):
         rows = slice(start, start + BLOCK)
-        up_BF = _products(up, rows).float().mul_(_products(down, rows)).mul_(step_F)
-        up_BF.mul_((up[0].step_F[rows] * down[0].step_F[rows])[:, None])
-        gate_BF = (_products(gate, rows) * gate[1].step_F).mul_(gate[0].step_F[rows][:, None])
-        rough_FF[rows] = gate_BF.add_(up_BF)
-    pairs = {name: (_slim(left), _slim(right)) for name, (left, right) in pairs.items()}
+        gate, up, down = (_codes(pairs[name][0], rows) for name in NAMES)
+        gate2, up2, down2 = codes
+        product_BF = _products(up, up2).float().mul_(_products(down, down2))
+        product_BF.mul_(up2.step_B * down2.step_B).mul_((up.step_B * down.step_B)[:, None])
+        gate_BF = (_products(gate, gate2) * gate2.step_B).mul_(gate.step_B[:, None])
+        rough_FF[rows] = gate_BF.add_(product_BF)
     return Sketch(rough_FF, lambda row_E, col_E: exact_similarity(pairs, row_E, col_E))
 
 
@@ -83,29 +88,28 @@ def _has_fast_integers() -> bool:
 
 
 def _rows(layer: LayerTensors, name: str) -> Rows:
-    exact_FD = neuron_rows(layer, name).contiguous()
-    code_FD = torch.empty(exact_FD.shape, dtype=torch.int8)
-    norm_F, step_F = (torch.empty(len(exact_FD)) for _ in range(2))
-    for start in range(0, len(exact_FD), BLOCK):
-        rows = slice(start, start + BLOCK)
-        row_BD = exact_FD[rows].float()
-        largest_B = row_BD.abs().amax(dim=1).clamp(min=1e-30)
-        norm_F[rows] = row_BD.norm(dim=1).clamp(min=1e-30)
-        step_F[rows] = largest_B / 127 / norm_F[rows]
-        code_FD[rows] = row_BD.mul_(127 / largest_B[:, None]).round_().to(torch.int8)
-    return Rows(exact_FD, norm_F, code_FD, step_F)
+    row_FD = neuron_rows(layer, name).contiguous()
+    norms = [rows_BD.float().norm(dim=1) for rows_BD in row_FD.split(BLOCK)]
+    return Rows(row_FD, torch.cat(norms).clamp(min=1e-30))
 
 
-def _slim(rows: Rows) -> Rows:
-    return rows._replace(code_FD=rows.code_FD[:0])
+def _codes(rows: Rows, part: slice) -> Codes:
+    row_BD = rows.row_FD[part].float()
+    largest_B = row_BD.abs().amax(dim=1).clamp(min=1e-30)
+    code_BD = row_BD.mul_(127 / largest_B[:, None]).round_().to(torch.int8)
+    return Codes(code_BD, largest_B / 127 / rows.norm_F[part])
 
 
-def _products(pair: tuple[Rows, Rows], rows: slice) -> Tensor:
-    """Return the inner products of the codes, (B, F) int32."""
-    return torch._int_mm(pair[0].code_FD[rows], pair[1].code_FD.T)
+def _all_codes(rows: Rows) -> Codes:
+    parts = [_codes(rows, slice(i, i + BLOCK)) for i in range(0, len(rows.norm_F), BLOCK)]
+    return Codes(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _products(left: Codes, right: Codes) -> Tensor:
+    """Return the inner products of the codes, int32."""
+    return torch._int_mm(left.code_BD, right.code_BD.T)
 
 
 def _cosine(anchor: Rows, member: Rows, row_E: Tensor, col_E: Tensor) -> Tensor:
-    left_ED, right_ED = anchor.exact_FD[row_E].float(), member.exact_FD[col_E].float()
-    product_E: Tensor = torch.linalg.vecdot(left_ED, right_ED)
-    return product_E / (anchor.norm_F[row_E] * member.norm_F[col_E])
+    product_ED = anchor.row_FD[row_E].float().mul_(member.row_FD[col_E])
+    return product_ED.sum(dim=1) / (anchor.norm_F[row_E] * member.norm_F[col_E])

@@ -35,7 +35,7 @@ class Blend:
     """Factor of each neuron's up row before the mixing, likewise; above 0."""
 
 
-def soft_plan(similarity_FF: Tensor, temperature: float, *, max_iterations: int = 1000) -> Tensor:
+def soft_plan(similarity_FF: Tensor, temperature: float, *, max_iterations: int = 300) -> Tensor:
     """Return the transport plan that maximises <plan, similarity> + temperature * entropy.
 
     Solved by POT's Sinkhorn in the log domain. It needs the package POT (`pip install POT`).
