@@ -76,14 +76,41 @@ def assign(
         gap: Share of the total that the answer may lie below the best, as proven; 0 is exact up
             to rounding.
     """
-    sketch = similarity if isinstance(similarity, Sketch) else _as_sketch(similarity)
-    size = len(sketch.rough_FF)
-    column, price, margin = _start(sketch, min(num_candidates, size))
+    if isinstance(similarity, Tensor):
+        sketch = _as_sketch(similarity)
+        column, price, margin = _start(sketch, num_candidates)
+    else:
+        sketch = similarity
+        column, price, margin = _start(sketch, num_candidates)
+        # Exact values are dear, so they wait until the rough ones have done their part.
+        rough = _as_sketch(sketch.rough_FF)
+        *_found, column, price = _improve(rough, column, price, margin, max_rounds, gap, margin)
+    column, lower, upper, *_last = _improve(sketch, column, price, margin, max_rounds, gap)
+    return Assignment(torch.from_numpy(column).long(), lower, max(0.0, upper - lower))
+
+
+def _improve(
+    sketch: Sketch,
+    column: Edges,
+    price: Values,
+    margin: float,
+    max_rounds: int,
+    gap: float,
+    tolerance: float = TOLERANCE,
+) -> tuple[Edges, float, float, Edges, Values]:
+    """Add pairs until none is better than a tolerance.
+
+    Returns:
+        The best assignment, its total, the bound on all totals, and the last assignment with its
+        prices.
+    """
+    size = len(column)
     edges, value = np.empty(0, dtype=np.int64), np.empty(0)
     lower, upper, best = -np.inf, np.inf, column
     for _round in range(max_rounds):
-        edges, value = _with_exact(sketch, edges, value, np.arange(size) * size + column)
-        own = value[np.searchsorted(edges, np.arange(size) * size + column)] - price[column]
+        mine = np.arange(size) * size + column
+        edges, value = _with_exact(sketch, edges, value, mine)
+        own = value[np.searchsorted(edges, mine)] - price[column]
         near = _near(sketch.rough_FF, price, own, margin)
         edges, value = _with_exact(sketch, edges, value, near)
         row, target = np.divmod(edges, size)
@@ -92,11 +119,11 @@ def assign(
         upper = min(upper, float(price.sum() + own.sum() + _largest(gain, row, size).sum()))
         if total > lower:
             lower, best = total, column
-        if upper - lower <= gap * abs(lower) or float(gain.max()) <= TOLERANCE:
+        if upper - lower <= gap * abs(lower) or float(gain.max()) <= tolerance:
             break
         column = _solve(edges, value, price)
         price = _prices(edges, value, column, price)
-    return Assignment(torch.from_numpy(best).long(), lower, max(0.0, upper - lower))
+    return best, lower, upper, column, price
 
 
 def _as_sketch(similarity_FF: Tensor) -> Sketch:
@@ -127,6 +154,7 @@ def _start(sketch: Sketch, num_candidates: int) -> tuple[Edges, Values, float]:
     """
     rough_FF = sketch.rough_FF
     size = len(rough_FF)
+    num_candidates = min(num_candidates, size)
     best_F, column_1F = _extremes(rough_FF)
     row_F = torch.arange(size, device=best_F.device)
     top_F1 = rough_FF[row_F, best_F].float()[:, None]

@@ -96,7 +96,7 @@ def _rows(layer: LayerTensors, name: str) -> Rows:
 def _codes(rows: Rows, part: slice) -> Codes:
     row_BD = rows.row_FD[part].float()
     largest_B = row_BD.abs().amax(dim=1).clamp(min=1e-30)
-    code_BD = row_BD.mul_(127 / largest_B[:, None]).round_().to(torch.int8)
+    code_BD = (row_BD * (127 / largest_B[:, None])).round_().to(torch.int8)
     return Codes(code_BD, largest_B / 127 / rows.norm_F[part])
 
 
