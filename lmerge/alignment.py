@@ -148,6 +148,21 @@ class HungarianAlignment(Callback):
                 *(i, group.anchor, before, after, self._cosines(i)),
             )
 
+    def means(self) -> dict[str, float]:
+        """Return the means over all aligned layers, as `alignment/before/q_proj`.
+
+        `neurons` is the similarity of paired neurons; the others are cosines with the anchor's
+        matrices.
+        """
+        found = {}
+        for when, layers in self.matrices.items():
+            neurons = torch.cat(list(self.similarity[when].values()))
+            found[f"alignment/{when}/neurons"] = float(neurons.mean())
+            for name in next(iter(layers.values())):
+                cosines = [layer[name] for layer in layers.values()]
+                found[f"alignment/{when}/{name}"] = sum(cosines) / len(cosines)
+        return found
+
     def _cosines(self, layer: int) -> str:
         before, after = (self.matrices[when][layer] for when in ("before", "after"))
         return ", ".join(f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in before)

@@ -80,15 +80,7 @@ class Artefacts(Callback):
         write_search(trainer, module)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, HungarianAlignment) and callback.similarity["after"]:
-                figure = matching_figure(**callback.similarity)
-                log_figure(trainer, module, figure, "alignment/neurons")
-                figure = matrices_figure(**callback.matrices)
-                log_figure(trainer, module, figure, "alignment/matrices")
-                write_json(
-                    module.run_dir / "alignment" / "similarity.json",
-                    {"method": callback.method, **_text_keys(callback.matrices)},
-                    schema=1,
-                )
+                write_alignment(trainer, module, callback)
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -114,6 +106,16 @@ class Artefacts(Callback):
     @rank_zero_only
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         finish_evaluation(trainer, _module(pl_module), "test")
+
+
+def write_alignment(trainer: Trainer, module: AlphaModule, alignment: HungarianAlignment) -> None:
+    """Write and log how alike neurons and matrices are before and after, and their figures."""
+    log_figure(trainer, module, matching_figure(**alignment.similarity), "alignment/neurons")
+    log_figure(trainer, module, matrices_figure(**alignment.matrices), "alignment/matrices")
+    data = {"method": alignment.method, **_text_keys(alignment.matrices)}
+    write_json(module.run_dir / "alignment" / "similarity.json", data, schema=1)
+    for any_logger in trainer.loggers:
+        any_logger.log_metrics(alignment.means(), step=0)
 
 
 def _text_keys(matrices: dict[str, dict[int, dict[str, float]]]) -> dict[str, dict[str, object]]:
