@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict
-from typing import cast
 
 import numpy as np
 import torch
@@ -12,19 +11,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
-from torch import Tensor
 
-from lmerge.activations import neuron_activations
-from lmerge.align import (
-    BY_ACTIVATIONS,
-    Aligner,
-    Orders,
-    Reference,
-    align_group,
-    matched_similarity,
-    matrix_similarity,
-    move,
-)
+from lmerge.alignment import HungarianAlignment
 from lmerge.cost import measure_costs
 from lmerge.data.tokens import encode
 from lmerge.export import export_model, model_card, verify_export, write_card
@@ -43,23 +31,17 @@ from lmerge.gate import (
     gate_rows,
     generation_sanity,
 )
-from lmerge.llama import LayerTensors, decoder_layers, head_spec, layer_tensors
-from lmerge.merged import members_in_one_frame
 from lmerge.module import AlphaModule
-from lmerge.plan import Group
 from lmerge.progress import track
 from lmerge.repair import RepairConfig, refit_groups
 from lmerge.results import Row, group_tables, print_table, table_rows, write_metrics
 from lmerge.runs import (
-    alignment_key,
-    read_orders,
     write_alphas,
     write_orders,
     write_plan,
     write_refits,
 )
 from lmerge.similarity import INFORMATION
-from lmerge.source import model_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -67,111 +49,6 @@ logger = logging.getLogger(__name__)
 def _module(pl_module: LightningModule) -> AlphaModule:
     assert isinstance(pl_module, AlphaModule)
     return pl_module
-
-
-class HungarianAlignment(Callback):
-    """Aligns every group's members to its anchor before the module merges them.
-
-    What was found is kept in the run folder under `alignment_cache/`, by source, plan, method and
-    calibration blocks, so that a later run with the same ones does not solve again.
-
-    Args:
-        method: `weights`, `activations` (their correlation on calibration tokens) or `both` match
-            MLP neurons; `full` matches neurons by weights, and attention heads and their bases too;
-            `rowwise` is the published procedure, which changes the function; `none` does nothing.
-        reference: In groups of three and more, whether neurons are matched to the `anchor` or to
-            all other members at once (`joint`).
-        num_blocks: Calibration blocks for `activations` and `both`; at least 1.
-    """
-
-    def __init__(
-        self, method: Aligner = "weights", reference: Reference = "anchor", num_blocks: int = 32
-    ) -> None:
-        if num_blocks < 1:
-            raise ValueError(f"`num_blocks` must be at least 1, got {num_blocks}.")
-        self.method = method
-        self.reference = reference
-        self.num_blocks = num_blocks
-        self.similarity: dict[str, dict[int, Tensor]] = {"before": {}, "after": {}}
-        self.matrices: dict[str, dict[int, dict[str, float]]] = {"before": {}, "after": {}}
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        module = _module(pl_module)
-        state = module.prepare()
-        if stage == "fit" and not trainer.ckpt_path:
-            solved = self._align(module) if trainer.is_global_zero else None
-            state.orders = cast(Orders, trainer.strategy.broadcast(solved))
-
-    def _align(self, module: AlphaModule) -> Orders:
-        assert module.state is not None
-        blocks_BT = self._blocks(module)
-        path = module.run_dir / "alignment_cache" / f"{self._key(module, blocks_BT)}.safetensors"
-        orders: Orders = read_orders(path) if path.is_file() else {}
-        if orders:
-            logger.info("alignment read from %s", path)
-        for group in track(module.state.plan.groups, "alignment"):
-            layers = members(module, group)
-            if group.anchor not in orders:
-                orders |= self._solve(module, group, layers, blocks_BT)
-            self._measure(group, layers, orders)
-        if orders and not path.is_file():
-            write_orders(module.run_dir, orders, path)
-        return orders
-
-    def _blocks(self, module: AlphaModule) -> Tensor | None:
-        if self.method not in BY_ACTIVATIONS:
-            return None
-        return module.data().calibration_blocks()[: self.num_blocks]
-
-    def _key(self, module: AlphaModule, blocks_BT: Tensor | None) -> str:
-        assert module.state is not None
-        return alignment_key(
-            model_fingerprint(module.source),
-            module.state.plan,
-            (self.method, self.reference),
-            blocks_BT,
-        )
-
-    def _solve(
-        self,
-        module: AlphaModule,
-        group: Group,
-        layers: dict[int, LayerTensors],
-        blocks_BT: Tensor | None,
-    ) -> Orders:
-        known = None
-        if blocks_BT is not None:
-            known = neuron_activations(module.source, group.members, blocks_BT)
-        spec = head_spec(module.source.config)
-        return align_group(
-            group, layers, self.method, spec, reference=self.reference, activations=known
-        )
-
-    def _measure(self, group: Group, layers: dict[int, LayerTensors], orders: Orders) -> None:
-        anchor, same = layers[group.anchor], torch.arange(len(layers[group.anchor]["gate_proj"]))
-        for i in group.members:
-            if i == group.anchor:
-                continue
-            moved = move(layers[i], orders[i])
-            for when, layer in {"before": layers[i], "after": moved}.items():
-                self.similarity[when][i] = matched_similarity(anchor, layer, same)
-                self.matrices[when][i] = matrix_similarity(anchor, layer)
-            before, after = (self.similarity[when][i].mean() for when in ("before", "after"))
-            logger.info(
-                "layer %d aligned to %d: mean neuron similarity %.3f -> %.3f; cosine %s",
-                *(i, group.anchor, before, after, self._cosines(i)),
-            )
-
-    def _cosines(self, layer: int) -> str:
-        before, after = (self.matrices[when][layer] for when in ("before", "after"))
-        return ", ".join(f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in before)
-
-
-def members(module: AlphaModule, group: Group) -> dict[int, LayerTensors]:
-    """Return a group's layers in one frame of norms, by source layer."""
-    layers = [layer_tensors(decoder_layers(module.source)[i]) for i in group.members]
-    framed = members_in_one_frame(layers, [None] * len(layers), group.anchor_position)
-    return dict(zip(group.members, framed, strict=True))
 
 
 class Repair(Callback):
@@ -205,15 +82,7 @@ class Artefacts(Callback):
         write_search(trainer, module)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, HungarianAlignment) and callback.similarity["after"]:
-                figure = matching_figure(**callback.similarity)
-                log_figure(trainer, module, figure, "alignment/neurons")
-                figure = matrices_figure(**callback.matrices)
-                log_figure(trainer, module, figure, "alignment/matrices")
-                write_json(
-                    module.run_dir / "alignment" / "similarity.json",
-                    {"method": callback.method, **_text_keys(callback.matrices)},
-                    schema=1,
-                )
+                write_alignment(trainer, module, callback)
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -239,6 +108,16 @@ class Artefacts(Callback):
     @rank_zero_only
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         finish_evaluation(trainer, _module(pl_module), "test")
+
+
+def write_alignment(trainer: Trainer, module: AlphaModule, alignment: HungarianAlignment) -> None:
+    """Write and log how alike neurons and matrices are before and after, and their figures."""
+    log_figure(trainer, module, matching_figure(**alignment.similarity), "alignment/neurons")
+    log_figure(trainer, module, matrices_figure(**alignment.matrices), "alignment/matrices")
+    data = {"method": alignment.method, **_text_keys(alignment.matrices)}
+    write_json(module.run_dir / "alignment" / "similarity.json", data, schema=1)
+    for any_logger in trainer.loggers:
+        any_logger.log_metrics(alignment.means(), step=0)
 
 
 def _text_keys(matrices: dict[str, dict[int, dict[str, float]]]) -> dict[str, dict[str, object]]:

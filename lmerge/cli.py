@@ -22,7 +22,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
-from lmerge.callbacks import Artefacts, ExportCheckpoint, HungarianAlignment, Repair
+from lmerge.alignment import HungarianAlignment
+from lmerge.callbacks import Artefacts, ExportCheckpoint, Repair
 from lmerge.data.module import MMLUDataModule
 from lmerge.files import write_text
 from lmerge.gate import EXIT_CODE, GateConfig
