@@ -41,6 +41,7 @@ ORDER = (
     "alphas",
     "merge",
     "merged",
+    "divergence",
     "cache",
     "prefix",
     "score",
