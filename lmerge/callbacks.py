@@ -24,6 +24,7 @@ from lmerge.align import (
     matrix_similarity,
     move,
 )
+from lmerge.alpha_files import write_alphas
 from lmerge.cost import measure_costs
 from lmerge.data.tokens import encode
 from lmerge.export import export_model, model_card, verify_export, write_card
@@ -52,7 +53,6 @@ from lmerge.results import Row, print_table, table_rows, write_metrics
 from lmerge.runs import (
     alignment_key,
     read_orders,
-    write_alphas,
     write_orders,
     write_plan,
     write_refits,
@@ -226,8 +226,8 @@ class Artefacts(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         module = _module(pl_module)
-        if module.last_good is not None and isinstance(exception, ValueError):
-            write_alphas(module.run_dir, module.merged.plan, module.last_good)
+        if isinstance(exception, ValueError) and module.restore_good():
+            write_alphas(module.run_dir, module.merged.plan, module.merged.alphas())
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -26,10 +26,11 @@ def kl_rows(source_NV: Tensor, merged_NV: Tensor) -> Tensor:
 
 
 def _log_softmax(logits_NV: Tensor) -> Tensor:
-    return _wide(logits_NV).log_softmax(dim=-1)
+    return wide(logits_NV).log_softmax(dim=-1)
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32, or as it is in float64: the dtype that losses are summed in."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -82,7 +83,7 @@ class _HeadKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, state_ND: Tensor, head_VD: Tensor, *source: Tensor) -> Tensor:
         step = _from_targets if len(source) > 1 else _from_states
-        total, grads = _wide(state_ND).new_zeros(()), []
+        total, grads = wide(state_ND).new_zeros(()), []
         for chunk_ND, *known in zip(
             *(part.split(CHUNK_SIZE) for part in (state_ND, *source)), strict=True
         ):

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lmerge.data.prompts import prompt_text
 from lmerge.data.records import Question
 from lmerge.data.tokens import encode, letter_ids
+from lmerge.divergence import wide
 from lmerge.llama import embed, lm_logits, run_span, span
 from lmerge.plan import MergePlan
 from lmerge.progress import track
@@ -55,12 +56,12 @@ class LossConfig:
 
 
 def relative_error(output_BTD: Tensor, target_BTD: Tensor) -> Tensor:
-    """Return the squared error relative to the target's square, mean over positions (float32).
+    """Return the squared error relative to the target's square, mean over positions.
 
     Relative at each position, since a few tokens with massive activations otherwise decide all.
     """
-    target_BTD = target_BTD.float()
-    error_BT = (output_BTD.float() - target_BTD).square().sum(dim=-1)
+    target_BTD = wide(target_BTD)
+    error_BT = (wide(output_BTD) - target_BTD).square().sum(dim=-1)
     return (error_BT / target_BTD.square().sum(dim=-1)).mean()
 
 
@@ -131,7 +132,7 @@ def answer_loss(model: PreTrainedModel, letters: LetterPrompts, index_B: list[in
     for i in index_B:
         states_BTD = _last_state(model, letters.prompts[i].to(model.device)[None])
         target = letters.letter_4[letters.answer_N[i]].to(model.device)
-        logits_BV = lm_logits(model, states_BTD[:, -1]).float()
+        logits_BV = wide(lm_logits(model, states_BTD[:, -1]))
         losses.append(torch.nn.functional.cross_entropy(logits_BV, target[None]))
     return torch.stack(losses).mean()
 

@@ -9,7 +9,9 @@ from models import plan_of
 from torch import Tensor
 
 from lmerge.align import Orders
+from lmerge.alpha_files import alphas_fingerprint, read_alphas, write_alphas
 from lmerge.alphas import Alphas
+from lmerge.checkpoints import checkpoint_state, read_checkpoint
 from lmerge.files import write_json, write_tensors
 from lmerge.llama import MATRICES, HeadSpec
 from lmerge.plan import MergePlan
@@ -17,17 +19,12 @@ from lmerge.runs import (
     Refits,
     RunState,
     alignment_key,
-    alphas_fingerprint,
-    checkpoint_state,
     motion_of,
-    read_alphas,
-    read_checkpoint,
     read_orders,
     read_plan,
     read_refits,
     read_run,
     with_refits_of,
-    write_alphas,
     write_orders,
     write_plan,
     write_refits,

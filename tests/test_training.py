@@ -13,7 +13,8 @@ import torch
 from cli_run import SMALL, fit, run
 from torch import Tensor
 
-from lmerge.runs import read_alphas, read_plan
+from lmerge.alpha_files import read_alphas
+from lmerge.runs import read_plan
 
 FAST = ("--evaluate_after=false", "--export.enabled=false", "--repair.config.method=none")
 
