@@ -87,36 +87,40 @@ class _HeadKL(torch.autograd.Function):
         for chunk_ND, *known in zip(
             *(part.split(CHUNK_SIZE) for part in (state_ND, *source)), strict=True
         ):
-            kl_N, grad_ND = step(chunk_ND, head_VD, *known)
+            kl_N, grad_ND = step(chunk_ND, head_VD, *known, needs_grad=ctx.needs_input_grad[0])
             total += kl_N.sum()
             grads.append(grad_ND)
-        ctx.save_for_backward(torch.cat(grads) / len(state_ND))
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(torch.cat(grads) / len(state_ND))
         return total / len(state_ND)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_ND,) = ctx.saved_tensors
-        return (
-            grads[0].to(grad_ND) * grad_ND,
-            None,
-            None,
-            *([None] * (len(ctx.needs_input_grad) - 3)),
-        )
+        others = [None] * (len(ctx.needs_input_grad) - 1)
+        return grads[0].to(grad_ND) * grad_ND, *others
 
 
 def _from_targets(
-    state_ND: Tensor, head_VD: Tensor, mean_ND: Tensor, plogp_N: Tensor
+    state_ND: Tensor, head_VD: Tensor, mean_ND: Tensor, plogp_N: Tensor, *, needs_grad: bool
 ) -> tuple[Tensor, Tensor]:
     logits_NV = state_ND @ head_VD.T
     lse_N = logits_NV.logsumexp(dim=-1)
+    kl_N = plogp_N + lse_N - (state_ND * mean_ND).sum(dim=-1)
+    if not needs_grad:
+        return kl_N, state_ND
     q_NV = logits_NV.sub_(lse_N[:, None]).exp_()
-    return plogp_N + lse_N - (state_ND * mean_ND).sum(dim=-1), q_NV @ head_VD - mean_ND
+    return kl_N, q_NV @ head_VD - mean_ND
 
 
-def _from_states(state_ND: Tensor, head_VD: Tensor, source_ND: Tensor) -> tuple[Tensor, Tensor]:
+def _from_states(
+    state_ND: Tensor, head_VD: Tensor, source_ND: Tensor, *, needs_grad: bool
+) -> tuple[Tensor, Tensor]:
     logp_NV, logq_NV = (_log_softmax(x_ND @ head_VD.T) for x_ND in (source_ND, state_ND))
     p_NV = logp_NV.exp()
     kl_N = (p_NV * logp_NV.sub_(logq_NV)).sum(dim=-1)
+    if not needs_grad:
+        return kl_N, state_ND
     gap_NV = logq_NV.exp_().sub_(p_NV)
     return kl_N, gap_NV.to(head_VD.dtype) @ head_VD
 
