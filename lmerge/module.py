@@ -20,7 +20,13 @@ from lmerge.losses import LossConfig, letter_prompts
 from lmerge.merged import MergedLlama
 from lmerge.objective import Objective
 from lmerge.plan import MergePlan, PlanMethod, check_num_removed, check_plan
-from lmerge.preparation import alphas_of_file, choose_plan, saved_state, similarity_by_domain
+from lmerge.preparation import (
+    alphas_of_file,
+    check_fits,
+    choose_plan,
+    saved_state,
+    similarity_by_domain,
+)
 from lmerge.runs import RunState
 from lmerge.search import Candidate, SearchMethod
 from lmerge.side_by_side import SideBySide
@@ -122,6 +128,7 @@ class AlphaModule(SideBySide):
         self.state = saved_state(stage, ckpt_path, run_dir=self.run_dir, plan_path=self.plan_path)
         if self.state is not None:
             check_plan(self.state.plan, depth, fingerprint, self.plan_path or self.run_dir)
+            check_fits(self.state, self.source)
         if stage == "fit" and not ckpt_path and self.alpha.path is not None:
             self.state = alphas_of_file(self.state, self.alpha, self.source)
         if self.state is None:

@@ -108,6 +108,13 @@ def test_targets_are_kept_for_the_blocks_that_were_looked_at_whole() -> None:
     assert not sampled.is_kept_B.any()
 
 
+def test_what_was_looked_at_before_changes_no_bit_of_a_loss() -> None:
+    fresh, resumed = (objective(tiny_model(), AlphaConfig(), LossConfig()) for _ in range(2))
+    fresh(INDEX_B, 0)
+    wanted = fresh(torch.tensor([0, 1]), 1)["loss"]
+    assert torch.equal(resumed(torch.tensor([0, 1]), 1)["loss"], wanted)
+
+
 def test_a_model_in_16_bits_compares_logits() -> None:
     found = objective(tiny_model().bfloat16(), AlphaConfig(start="uniform"), LossConfig())
     loss = found(INDEX_B, 0)["loss"]
