@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 
 from lmerge.alignment import HungarianAlignment
+from lmerge.alpha_files import write_alphas
 from lmerge.cost import measure_costs
 from lmerge.data.tokens import encode
 from lmerge.export import export_model, model_card, verify_export, write_card
@@ -36,7 +37,6 @@ from lmerge.progress import track
 from lmerge.repair import RepairConfig, refit_groups
 from lmerge.results import Row, group_tables, print_table, table_rows, write_metrics
 from lmerge.runs import (
-    write_alphas,
     write_orders,
     write_plan,
     write_refits,
@@ -97,8 +97,8 @@ class Artefacts(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         module = _module(pl_module)
-        if module.last_good is not None and isinstance(exception, ValueError):
-            write_alphas(module.run_dir, module.merged.plan, module.last_good)
+        if isinstance(exception, ValueError) and module.restore_good():
+            write_alphas(module.run_dir, module.merged.plan, module.merged.alphas())
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
