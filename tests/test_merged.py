@@ -20,12 +20,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-<<<<<<< HEAD
-from lmerge.align import Orders
-=======
 from lmerge.align import Orders
 from lmerge.alpha_files import read_alphas, write_alphas
->>>>>>> issue6
 from lmerge.alphas import AlphaConfig, Granularity
 from lmerge.groups import align_members
 from lmerge.llama import (
