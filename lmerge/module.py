@@ -256,11 +256,13 @@ class AlphaModule(SideBySide):
 
     def restore_good(self) -> bool:
         """Go back to the last alphas with a finite loss; returns whether there are any."""
+        if not self._good:
+            return False
         for parameter, good in zip(
-            self.merged.alpha_parameters().values(), self._good, strict=False
+            self.merged.alpha_parameters().values(), self._good, strict=True
         ):
             parameter.data.copy_(good)
-        return bool(self._good)
+        return True
 
     def on_train_epoch_end(self) -> None:
         for parameter in self.merged.alpha_parameters().values():
