@@ -66,8 +66,7 @@ ALIGNED: dict[str, Aligner] = {
     "full": "full",
     "soft": "soft",
 }
-METHODS = ("drop", "naive", *ALIGNED)
-LEARNED = ("folded", "weights", "activations", "full")
+METHODS, LEARNED = ("drop", "naive", *ALIGNED), ("folded", "weights", "activations", "full")
 PAIRS = {f"{i},{i + 1}": ((i, i + 1),) for i in (1, 4, 8, 11, 14, 18, 22, 26)}
 REMOVALS: dict[str, tuple[tuple[int, ...], ...]] = {
     "3 (pairs)": ((13, 14), (17, 18), (21, 22)),
@@ -241,8 +240,7 @@ def run_cell(
     prefix_BTD = states.calibration.prefix_BTD
     refit_groups(setting.source, merged, prefix_BTD, setting.held_B, RepairConfig())
     rows.append({"repair": True, **measure(setting, merged, states, ask=ask)})
-    seconds = round(time.perf_counter() - start, 1)
-    return [{**cell._asdict(), **row, "seconds": seconds} for row in rows]
+    return [{**cell._asdict(), **row, "seconds": time.perf_counter() - start} for row in rows]
 
 
 def all_cells() -> list[Cell]:
