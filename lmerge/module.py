@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +35,7 @@ from lmerge.runs import (
     with_refits_of,
 )
 from lmerge.search import Candidate, SearchMethod, search_plan
+from lmerge.sharding import shard_layers
 from lmerge.similarity import Measure, similarity_matrix
 from lmerge.source import Dtype, load_model, model_fingerprint
 
@@ -164,7 +166,8 @@ class AlphaModule(LightningModule):
         if not hasattr(self, "source"):
             self.check(str(self.trainer.state.fn), cast("str | None", self.trainer.ckpt_path))
         if self.state is None or not self._ready:
-            cast(nn.Module, self.source).to(self.trainer.strategy.root_device)
+            if not self.is_sharded:  # a model that is to be split may not fit whole
+                cast(nn.Module, self.source).to(self.trainer.strategy.root_device)
             self.state = self.state or self._planned()
             self._ready = True
         return self.state
@@ -239,6 +242,17 @@ class AlphaModule(LightningModule):
             self.merged.spread_alphas(load_alphas(Path(self.alpha.path), state.plan))
         if state.refits is not None:
             self.merged.set_refits(state.refits)
+        if self.device_mesh is not None:
+            held = shard_layers(self.source, self.merged, self.device_mesh)
+            if self.trainer.is_global_zero:
+                message = "layers split over %d processes: %.1f of %.1f MB on each"
+                sizes = (bytes_ / 1e6 for bytes_ in held)
+                logger.info(message, self.device_mesh["data_parallel"].size(), *sizes)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 splits the frozen layers over the processes."""
+        return self.device_mesh is not None
 
     # Training.
 
@@ -269,12 +283,14 @@ class AlphaModule(LightningModule):
     def cache(self) -> StateCache:
         """Return the source's states on the calibration blocks, computed at the first call."""
         if self._cache is None:
+            memory = 0.0 if self.cache_dir else self.cache_memory
             self._cache = keep_states(
                 self.source,
                 self.data().calibration_blocks(),
                 self.merged.first_merged,
                 folder=self.cache_dir or self.run_dir / "cache",
-                memory=0.0 if self.cache_dir else self.cache_memory,
+                # Split layers run on all processes at once: none can wait for another's file.
+                memory=math.inf if self.is_sharded else memory,
             )
         return self._cache
 
@@ -296,7 +312,14 @@ class AlphaModule(LightningModule):
                 "The last good alphas are kept in alphas.json; lower the learning rate."
             )
         self.last_good = self.merged.alphas()
-        return parts["loss"]
+        return parts["loss"] * batch["share"]
+
+    def on_after_backward(self) -> None:
+        """Average the gradients over processes where no strategy does it: alphas are not split."""
+        if self.is_sharded:
+            for parameter in self.merged.alpha_parameters().values():
+                assert parameter.grad is not None
+                self.trainer.strategy.reduce(parameter.grad, reduce_op="mean")
 
     def on_train_epoch_end(self) -> None:
         for parameter in self.merged.alpha_parameters().values():
@@ -308,11 +331,12 @@ class AlphaModule(LightningModule):
 
     # Checkpoints: alphas, plan and orders, not the frozen weights.
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return the alphas alone."""
+        parameters = self.merged.alpha_parameters().items()
+        return {f"merged.{name}": parameter.detach() for name, parameter in parameters}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        alphas = {f"merged.{name}" for name in self.merged.alpha_parameters()}
-        checkpoint["state_dict"] = {
-            name: value for name, value in checkpoint["state_dict"].items() if name in alphas
-        }
         checkpoint["lmerge"] = checkpoint_state(self.prepare(), self.merged.alphas())
 
     # Evaluation: source and merged on the same batches.
@@ -326,7 +350,9 @@ class AlphaModule(LightningModule):
     def _start_evaluation(self) -> None:
         data = self.data()
         scorings = () if self.trainer.state.fn == "fit" else data.scorings
-        self.evaluation = Evaluation(data.text_bytes, scorings, device=self.device)
+        self.evaluation = Evaluation(
+            data.text_bytes, scorings, device=self.device, keep_prefixes=not self.is_sharded
+        )
 
     def validation_step(self, batch: TextBatch | ChoiceBatch, batch_idx: int) -> None:
         self.evaluation.update(self.source, self.merged.causal_lm, batch)

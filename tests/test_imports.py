@@ -41,6 +41,7 @@ ORDER = (
     "alphas",
     "merge",
     "merged",
+    "sharding",
     "cache",
     "prefix",
     "score",
