@@ -51,6 +51,17 @@ def _module(pl_module: LightningModule) -> AlphaModule:
     return pl_module
 
 
+@rank_zero_only
+def _say_later(module: AlphaModule, what: str) -> None:
+    run_dir = module.run_dir
+    logger.warning(
+        "not %s, since the layers are split over processes. Afterwards, on a machine that holds "
+        "the model: lmerge fit --config %s/config.yaml --ckpt_path %s/checkpoints/last.ckpt "
+        "--trainer.strategy auto --trainer.devices 1 --trainer.accelerator cpu",
+        *(what, run_dir, run_dir),
+    )
+
+
 class Repair(Callback):
     """Refits the merged layers in closed form when training ends.
 
@@ -63,6 +74,9 @@ class Repair(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = _module(pl_module)
+        if module.is_sharded:
+            _say_later(module, "repaired")
+            return
         if trainer.is_global_zero:
             states_BTD, held_B = module.cache().prefix_BTD, module.data().held_out()
             refit_groups(module.source, module.merged, states_BTD, held_B, self.config)
@@ -168,13 +182,8 @@ def log_figure(trainer: Trainer, module: AlphaModule, figure: Figure, name: str)
 def finish_evaluation(trainer: Trainer, module: AlphaModule, stage: str) -> None:
     """Measure costs, write metrics.json, print the table and bring the model card up to date."""
     data = module.data()
-    models = {"source": module.source, "merged": module.merged.plain()}
-    module.results["cost"] = measure_costs(models)
-    prompts = [torch.tensor(ids) for ids in encode(data.tokenizer, PROMPTS)]
-    module.results["generation"] = {
-        name: generation_sanity(model, prompts)
-        for name, model in track(models.items(), "generation", total=2)
-    }
+    if not module.is_sharded:  # this process alone cannot run layers that are split over all
+        _measure_alone(module)
     module.checks = check_gate(module.results, module.gate)
     module.results["gate"] = [check._asdict() for check in module.checks]
     write_metrics(
@@ -193,6 +202,17 @@ def finish_evaluation(trainer: Trainer, module: AlphaModule, stage: str) -> None
             )
     if (module.run_dir / "model" / "config.json").is_file():
         write_card(module.run_dir / "model", card(module, rows))
+
+
+def _measure_alone(module: AlphaModule) -> None:
+    """Measure what needs the models but no data: costs, and whether they write sensibly."""
+    models = {"source": module.source, "merged": module.merged.plain()}
+    module.results["cost"] = measure_costs(models)
+    prompts = [torch.tensor(ids) for ids in encode(module.data().tokenizer, PROMPTS)]
+    module.results["generation"] = {
+        name: generation_sanity(model, prompts)
+        for name, model in track(models.items(), "generation", total=2)
+    }
 
 
 def card(module: AlphaModule, rows: list[Row]) -> str:
@@ -225,6 +245,9 @@ class ExportCheckpoint(Callback):
         if not self.enabled:
             return
         module = _module(pl_module)
+        if module.is_sharded:
+            _say_later(module, "exported")
+            return
         data, folder = module.data(), module.run_dir / "model"
         plain = module.merged.plain()
         export_model(plain, data.tokenizer, folder, card=card(module, []), overwrite=True)

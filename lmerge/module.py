@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +31,7 @@ from lmerge.preparation import (
 )
 from lmerge.runs import RunState
 from lmerge.search import Candidate, SearchMethod
+from lmerge.sharding import shard_layers
 from lmerge.side_by_side import SideBySide
 from lmerge.similarity import Measure
 from lmerge.source import Dtype, load_model, model_fingerprint
@@ -145,7 +147,8 @@ class AlphaModule(SideBySide):
         if not hasattr(self, "source"):
             self.check(str(self.trainer.state.fn), cast("str | None", self.trainer.ckpt_path))
         if self.state is None or not self._ready:
-            cast(nn.Module, self.source).to(self.trainer.strategy.root_device)
+            if not self.is_sharded:  # a model that is to be split may not fit whole
+                cast(nn.Module, self.source).to(self.trainer.strategy.root_device)
             self.state = self.state or self._planned()
             self._ready = True
         return self.state
@@ -194,6 +197,17 @@ class AlphaModule(SideBySide):
             self.merged.set_alphas(state.alphas)
         if state.refits is not None:
             self.merged.set_refits(state.refits)
+        if self.device_mesh is not None:
+            held = shard_layers(self.source, self.merged, self.device_mesh)
+            if self.trainer.is_global_zero:
+                message = "layers split over %d processes: %.1f of %.1f MB on each"
+                sizes = (bytes_ / 1e6 for bytes_ in held)
+                logger.info(message, self.device_mesh["data_parallel"].size(), *sizes)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 splits the frozen layers over the processes."""
+        return self.device_mesh is not None
 
     # Training.
 
@@ -224,12 +238,14 @@ class AlphaModule(SideBySide):
     def cache(self) -> StateCache:
         """Return the source's states on the calibration blocks, computed at the first call."""
         if self._cache is None:
+            memory = 0.0 if self.cache_dir else self.cache_memory
             self._cache = keep_states(
                 self.source,
                 self.data().calibration_blocks(),
                 self.merged.first_merged,
                 folder=self.cache_dir or self.run_dir / "cache",
-                memory=0.0 if self.cache_dir else self.cache_memory,
+                # Split layers run on all processes at once: none can wait for another's file.
+                memory=math.inf if self.is_sharded else memory,
             )
         return self._cache
 
@@ -252,7 +268,14 @@ class AlphaModule(SideBySide):
             )
         # On the device: a copy to the CPU would wait for it in every step.
         self._good = [p.detach().clone() for p in self.merged.alpha_parameters().values()]
-        return parts["loss"]
+        return parts["loss"] * batch["share"]
+
+    def on_after_backward(self) -> None:
+        """Average the gradients over processes where no strategy does it: alphas are not split."""
+        if self.is_sharded:
+            for parameter in self.merged.alpha_parameters().values():
+                assert parameter.grad is not None
+                self.trainer.strategy.reduce(parameter.grad, reduce_op="mean")
 
     def restore_good(self) -> bool:
         """Go back to the last alphas with a finite loss; returns whether there are any."""
@@ -274,9 +297,10 @@ class AlphaModule(SideBySide):
 
     # Checkpoints: alphas, plan and orders, not the frozen weights.
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return the alphas alone."""
+        parameters = self.merged.alpha_parameters().items()
+        return {f"merged.{name}": parameter.detach() for name, parameter in parameters}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        alphas = {f"merged.{name}" for name in self.merged.alpha_parameters()}
-        checkpoint["state_dict"] = {
-            name: value for name, value in checkpoint["state_dict"].items() if name in alphas
-        }
         checkpoint["lmerge"] = checkpoint_state(self.prepare(), self.merged.alphas())

@@ -45,6 +45,7 @@ ORDER = (
     "merge",
     "merged",
     "divergence",
+    "sharding",
     "cache",
     "prefix",
     "score",
