@@ -35,13 +35,8 @@ from lmerge.figures import (
     similarity_figure,
 )
 from lmerge.files import provenance, write_json
-from lmerge.gate import (
-    PROMPTS,
-    check_gate,
-    gate_notes,
-    gate_rows,
-    generation_sanity,
-)
+from lmerge.gate import check_gate, gate_notes, gate_rows
+from lmerge.generation import PROMPTS, generation_sanity
 from lmerge.llama import LayerTensors, decoder_layers, head_spec, layer_tensors
 from lmerge.merged import members_in_one_frame
 from lmerge.module import AlphaModule
@@ -295,6 +290,8 @@ def finish_evaluation(trainer: Trainer, module: AlphaModule, stage: str) -> None
         stage,
         {"source": module.source_name, "fingerprints": data.fingerprints, **module.results},
     )
+    if module.journal is not None:
+        module.journal.remove()
     rows = table_rows(module.results) + gate_rows(module.checks)
     print_table(rows, f"{module.source_name}: {stage} of source and merged model")
     for wandb_logger in trainer.loggers:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 from lmerge.activations import Pooling, layer_states
@@ -20,6 +21,7 @@ from lmerge.data.module import MMLUDataModule
 from lmerge.data.records import ChoiceBatch, TextBatch
 from lmerge.evaluate import Evaluation
 from lmerge.gate import Check, GateConfig
+from lmerge.journal import Journal, evaluation_key
 from lmerge.llama import num_layers
 from lmerge.losses import LossConfig, letter_prompts
 from lmerge.merged import MergedLlama
@@ -108,6 +110,7 @@ class AlphaModule(LightningModule):
         self.run_dir = Path(run_dir)
         self.seed = seed
         self.results: dict[str, Any] = {}
+        self.journal: Journal | None = None
         self.gate = GateConfig()
         self.checks: list[Check] = []
         self.similarity_LL: dict[str, Tensor] = {}
@@ -324,9 +327,26 @@ class AlphaModule(LightningModule):
         self._start_evaluation()
 
     def _start_evaluation(self) -> None:
-        data = self.data()
-        scorings = () if self.trainer.state.fn == "fit" else data.scorings
-        self.evaluation = Evaluation(data.text_bytes, scorings, device=self.device)
+        data, fitting = self.data(), self.trainer.state.fn == "fit"
+        self.journal = None if fitting else self._open_journal()
+        self.evaluation = Evaluation(
+            data.text_bytes,
+            () if fitting else data.scorings,
+            last_words=data.last_words,
+            device=self.device,
+            journal=self.journal,
+        )
+        if self.evaluation.known and self.trainer.is_global_zero:
+            done, total = len(self.evaluation.known), len(data.evaluation_batches)
+            logger.info("%d of %d batches were scored before; going on from there", done, total)
+
+    def _open_journal(self) -> Journal | None:
+        # Sharded models need the same forward passes on all processes, so nothing may be skipped.
+        if isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            return None
+        key = evaluation_key(self.source, self.merged, self.data().evaluation_batches)
+        stage = "test" if self.trainer.testing else "validate"
+        return Journal(self.run_dir / "journal", f"{stage}-{key}", self.global_rank)
 
     def validation_step(self, batch: TextBatch | ChoiceBatch, batch_idx: int) -> None:
         self.evaluation.update(self.source, self.merged.causal_lm, batch)
@@ -347,6 +367,9 @@ class AlphaModule(LightningModule):
             for key in ("loss", "ppl", "kl"):
                 # Equal on every process: the mean over them is the value itself.
                 self.log(f"{stage}/{key}/{name}", models["merged"][key], sync_dist=True)
+        for name, models in self.results["last_word"].items():
+            accuracy = models["merged"]["accuracy"]
+            self.log(f"{stage}/last_word_accuracy/{name}", accuracy, sync_dist=True)
         for scoring, models in self.results["choices"].items():
             for domain, rate in models["merged"]["by_domain"].items():
                 name = f"{stage}/{scoring}_accuracy/{domain}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,20 +47,65 @@ def table_rows(results: Mapping[str, Any]) -> list[Row]:
     rows: list[Row] = []
     cost = results.get("cost", {})
     for key, label, form in COST_ROWS if cost else ():
-        rows.append((label, form(cost["source"][key]), form(cost["merged"][key])))
+        if key in cost["source"]:
+            rows.append((label, form(cost["source"][key]), form(cost["merged"][key])))
     for scoring, both in results["choices"].items():
-        label = {"letter": "accuracy, letters", "cloze": "accuracy, answer texts"}[scoring]
-        source, merged = both["source"]["micro"], both["merged"]["micro"]
-        rows.append((label, accuracy(source), accuracy(merged)))
-        if all("confusion" in both[model] for model in ("source", "merged")):
-            before, after = (chosen(both[model]["confusion"]) for model in ("source", "merged"))
-            rows.append((f"chosen A/B/C/D, {scoring}", before, after))
+        rows += _choice_rows(scoring, both)
+    for name, both in results.get("last_word", {}).items():
+        rows.append(_row(f"last word, {name}", both, accuracy))
+        rows += _difference_rows(both)
+        rows.append(_row(f"perplexity of the last word, {name}", both, ppl))
     for name, both in results["text"].items():
-        rows.append(
-            (f"loss on {name} text (nats/token)", loss(both["source"]), loss(both["merged"]))
-        )
-        rows.append((f"perplexity on {name} text", ppl(both["source"]), ppl(both["merged"])))
-        rows.append((f"KL from the source on {name} text", "0", f"{both['merged']['kl']:.3f}"))
+        rows += _text_rows(name, both)
+    return rows
+
+
+def _row(label: str, both: Mapping[str, Any], form: Callable[[Any], str]) -> Row:
+    return label, form(both["source"]), form(both["merged"])
+
+
+def _choice_rows(scoring: str, both: Mapping[str, Any]) -> list[Row]:
+    what = {"letter": "letters", "cloze": "answer texts"}[scoring]
+    rows = [_row(f"accuracy, {what}", both, lambda one: accuracy(one["micro"]))]
+    rows += _difference_rows(both)
+    if any("confusion" not in both[model] for model in ("source", "merged")):
+        return rows
+    rows.append(_row(f"mean over subjects, {what}", both, lambda one: accuracy(one["macro"])))
+    source, merged = both["source"], both["merged"]
+    before, after = source["by_language"], merged["by_language"]
+    for code in before if len(before) > 1 else ():
+        rows.append((f"  in {code}", accuracy(before[code]), accuracy(after[code])))
+    rows.append(
+        _row(f"calibration error, {what}", both, lambda one: f"{one['calibration_error']:.3f}")
+    )
+    rows.append(_row(f"chosen A/B/C/D, {scoring}", both, lambda one: chosen(one["confusion"])))
+    pairs = zip("ABCD", source["confusion"], merged["confusion"], strict=True)
+    for letter, counts, merged_counts in pairs if scoring == "letter" else ():
+        rows.append((f"  where {letter} is right", chosen([counts]), chosen([merged_counts])))
+    return rows
+
+
+def _difference_rows(both: Mapping[str, Any]) -> list[Row]:
+    """Return the paired comparison of both models, where it is known."""
+    if "difference" not in both:
+        return []
+    value, low, high = (100 * both["difference"][k] for k in ("value", "low", "high"))
+    p_value = both["mcnemar"]["p_value"]
+    interval = "" if math.isnan(low) else f" [{low:+.1f}, {high:+.1f}]"
+    return [("  difference (McNemar p)", "", f"{value:+.1f}{interval} (p {p_value:.2g})")]
+
+
+def _text_rows(name: str, both: Mapping[str, Any]) -> list[Row]:
+    rows = [
+        _row(f"loss on {name} text (nats/token)", both, loss),
+        _row(f"perplexity on {name} text", both, ppl),
+    ]
+    if "bits_per_byte" in both["source"]:
+        rows.append(_row(f"bits per byte on {name} text", both, bits))
+    rows.append((f"KL from the source on {name} text", "0", f"{both['merged']['kl']:.3f}"))
+    if "agreement" in both["merged"]:
+        share = f"{100 * both['merged']['agreement']:.1f}%"
+        rows.append((f"same top token on {name} text", "100%", share))
     return rows
 
 
@@ -83,8 +128,19 @@ def loss(scores: Mapping[str, float]) -> str:
 
 
 def ppl(scores: Mapping[str, float]) -> str:
-    """Return a perplexity."""
-    return f"{scores['ppl']:,.2f}" if scores["ppl"] < 1e4 else f"{scores['ppl']:.3g}"
+    """Return a perplexity, with its 95% interval where that is known."""
+    ends = [scores.get(f"ppl_{end}", math.nan) for end in ("low", "high")]
+    value = _ppl(scores["ppl"])
+    return value if math.isnan(sum(ends)) else f"{value} [{_ppl(ends[0])}, {_ppl(ends[1])}]"
+
+
+def _ppl(value: float) -> str:
+    return f"{value:,.2f}" if value < 1e4 else f"{value:.3g}"
+
+
+def bits(scores: Mapping[str, float]) -> str:
+    """Return bits per byte."""
+    return f"{scores['bits_per_byte']:.3f}"
 
 
 def size(num_bytes: float) -> str:
@@ -99,8 +155,10 @@ def size(num_bytes: float) -> str:
 COST_ROWS = (
     ("layers", "layers", str),
     ("parameters", "parameters", lambda n: f"{n / 1e6:.1f} M"),
-    ("bytes", "size of the weights", size),
+    ("bytes", "size on disk", size),
+    ("peak_memory", "peak memory", size),
     ("prefill_tokens_per_s", "prefill (tokens/s)", lambda n: f"{n:.0f}"),
+    ("decode_tokens_per_s", "decode (tokens/s)", lambda n: f"{n:.1f}"),
 )
 
 

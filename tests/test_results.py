@@ -81,7 +81,7 @@ def test_a_table_has_costs_then_choices_then_texts() -> None:
     assert [row[0] for row in table_rows(results())] == [
         "layers",
         "parameters",
-        "size of the weights",
+        "size on disk",
         "prefill (tokens/s)",
         "accuracy, letters",
         "accuracy, answer texts",
@@ -89,6 +89,54 @@ def test_a_table_has_costs_then_choices_then_texts() -> None:
         "perplexity on en text",
         "KL from the source on en text",
     ]
+
+
+def measured() -> dict[str, Any]:
+    """Results with all that an evaluation measures."""
+    paired = {
+        "mcnemar": {"only_a": 4, "only_b": 1, "p_value": 0.375},
+        "difference": {"value": -0.05, "low": -0.1, "high": 0.01, "p_value": 0.2},
+    }
+    one = {
+        "micro": RATE,
+        "macro": RATE,
+        "by_language": {"en": RATE, "es": RATE},
+        "calibration_error": 0.12345,
+        "confusion": [[5, 0, 1, 0], [6, 0, 0, 0], [7, 0, 0, 0], [8, 0, 0, 9]],
+    }
+    words = {**RATE, "ppl": 20.0, "ppl_low": 10.0, "ppl_high": 40.0}
+    scores = {**SCORES, "ppl_low": 27.0, "ppl_high": 36.0, "bits_per_byte": 1.2345}
+    return {
+        "choices": {"letter": {"source": one, "merged": one, **paired}},
+        "last_word": {"mine": {"source": words, "merged": words, **paired}},
+        "text": {"en": {"source": scores, "merged": {**scores, "agreement": 0.5}}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "cells"),
+    [
+        ("mean over subjects, letters", ("25.0% [20.0, 30.5]",) * 2),
+        ("  in es", ("25.0% [20.0, 30.5]",) * 2),
+        ("calibration error, letters", ("0.123", "0.123")),
+        ("chosen A/B/C/D, letter", ("26/0/1/9",) * 2),
+        ("  where D is right", ("8/0/0/9",) * 2),
+        ("last word, mine", ("25.0% [20.0, 30.5]",) * 2),
+        ("perplexity of the last word, mine", ("20.00 [10.00, 40.00]",) * 2),
+        ("perplexity on en text", ("31.22 [27.00, 36.00]",) * 2),
+        ("bits per byte on en text", ("1.234", "1.234")),
+        ("same top token on en text", ("100%", "50.0%")),
+        ("  difference (McNemar p)", ("", "-5.0 [-10.0, +1.0] (p 0.38)")),
+    ],
+)
+def test_a_table_shows_what_was_measured(name: str, cells: tuple[str, str]) -> None:
+    assert (name, *cells) in table_rows(measured())
+
+
+def test_a_difference_without_an_interval_is_shown_alone() -> None:
+    found = measured()
+    found["choices"]["letter"]["difference"] |= {"low": math.nan, "high": math.nan}
+    assert ("  difference (McNemar p)", "", "-5.0 (p 0.38)") in table_rows(found)
 
 
 def test_a_table_has_source_before_merged() -> None:
