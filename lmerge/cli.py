@@ -45,6 +45,7 @@ OWN_FILES = (
     "logs",
     "model",
     "cache",
+    "journal",
 )
 """What a run leaves in its folder; a new run in the same folder starts by removing it."""
 

@@ -204,11 +204,6 @@ class AlphaModule(SideBySide):
                 sizes = (bytes_ / 1e6 for bytes_ in held)
                 logger.info(message, self.device_mesh["data_parallel"].size(), *sizes)
 
-    @property
-    def is_sharded(self) -> bool:
-        """Whether FSDP2 splits the frozen layers over the processes."""
-        return self.device_mesh is not None
-
     # Training.
 
     def configure_optimizers(self) -> Any:
