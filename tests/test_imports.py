@@ -58,6 +58,7 @@ ORDER = (
     "diff",
     "figures",
     "export",
+    "similarity_states",
     "similarity_study",
     "transfer_data",
     "transfer",
