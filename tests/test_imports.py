@@ -70,6 +70,7 @@ ORDER = (
     "diff",
     "figures",
     "export",
+    "similarity_states",
     "similarity_study",
     "side_by_side",
     "transfer_data",
