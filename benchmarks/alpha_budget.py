@@ -41,11 +41,11 @@ class Shared:
     def __init__(self, folder: Path, name: str, questions: str) -> None:
         self.folder, self.name, self.questions = folder, name, questions
         self.source = load_model(name, "float32").requires_grad_(False)
-        self.data = self.data_of("fit", num_calibration_tokens=12_288, num_prompts=20)
+        self.data = self.data_of("fit", num_calibration_tokens=8_192, num_prompts=20)
         text_ids = self.data.tokenizer(read_text("bank", split="test"))["input_ids"]
         held_NT = self.data.calibration_blocks()[self.data.held_out()]
         self.held = self.data.held_out().nonzero().flatten()
-        self.text_BT = torch.cat([held_NT, token_blocks(text_ids, 256)[:16]])
+        self.text_BT = torch.cat([held_NT, token_blocks(text_ids, 256)[:12]])
         """Held-out blocks, then blocks to report on."""
 
     def data_of(self, stage: str, **options: Any) -> MMLUDataModule:
@@ -65,8 +65,8 @@ class Shared:
 
     @cached_property
     def choices(self) -> list[ChoiceBatch]:
-        """MMLU test questions, five a subject of the study's domains, zero-shot."""
-        data = self.data_of("test", max_questions=5, eval_text=None)
+        """MMLU test questions, three a subject of the study's domains, zero-shot."""
+        data = self.data_of("test", max_questions=3, eval_text=None)
         return [b for b in data.test_dataloader() if isinstance(b, ChoiceBatch)]
 
 
@@ -84,7 +84,13 @@ class Budget:
         if not path.is_file():
             blocks_BT, held_B = data.calibration_blocks(), data.held_out()
             found = search_plan(
-                source, blocks_BT, held_B, self.removed, "block_repaired", num_fit_tokens=3072
+                source,
+                blocks_BT,
+                held_B,
+                self.removed,
+                "block_repaired",
+                num_fit_tokens=1536,
+                num_held_tokens=512,
             )
             plan = MergePlan(num_layers=num_layers(source), groups=(found[0].group,))
             write_plan(self.folder, plan)
