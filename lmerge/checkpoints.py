@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from lmerge.align import motion_of, motion_parts
 from lmerge.alpha_files import check_alphas
 from lmerge.alphas import Alphas
 from lmerge.files import one_line
 from lmerge.plan import MergePlan, plan_from_dict, plan_to_dict
-from lmerge.runs import RunState, check_orders, motion_of, motion_parts
+from lmerge.runs import RunState, check_orders
 
 
 def checkpoint_state(state: RunState, alphas: list[Alphas]) -> dict[str, Any]:

@@ -67,7 +67,8 @@ class MergedLayer(nn.Module):
         self.simplex = simplex
         self.names = tuple(stacked)
         for name, tensor in stacked.items():
-            self.register_buffer(f"stacked_{_key(name)}", tensor, persistent=False)
+            # Frozen parameters: FSDP shards no buffers, and DDP would send them at every step.
+            self.register_parameter(f"stacked_{_key(name)}", nn.Parameter(tensor, False))
         self.free = nn.ParameterDict({name: nn.Parameter(p) for name, p in free.items()})
         self.refits: dict[str, Tensor] = {}
         self._fixed: tuple[Alphas, LayerTensors] | None = None
@@ -75,7 +76,7 @@ class MergedLayer(nn.Module):
 
     def stacked(self) -> LayerTensors:
         """Return the members' tensors, stacked along G."""
-        return {name: self.get_buffer(f"stacked_{_key(name)}") for name in self.names}
+        return {name: self.get_parameter(f"stacked_{_key(name)}") for name in self.names}
 
     def shares(self) -> Alphas:
         """Return the alphas at their own granularity.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +16,7 @@ from lmerge.activations import Pooling
 from lmerge.alphas import NEEDS_SIMILARITY, AlphaConfig
 from lmerge.cache import StateCache, keep_states
 from lmerge.checkpoints import checkpoint_state
+from lmerge.information import InformationConfig
 from lmerge.llama import num_layers
 from lmerge.losses import LossConfig, letter_prompts
 from lmerge.merged import MergedLlama
@@ -29,6 +31,7 @@ from lmerge.preparation import (
 )
 from lmerge.runs import RunState
 from lmerge.search import Candidate, SearchMethod
+from lmerge.sharding import shard_layers
 from lmerge.side_by_side import SideBySide
 from lmerge.similarity import Measure
 from lmerge.source import Dtype, load_model, model_fingerprint
@@ -46,6 +49,7 @@ class AlphaModule(SideBySide):
         plan_method: How the layers to merge are chosen: `block` (most similar ends), `tail` (the
             last layers, as MKA released it) or `block_repaired` (least KL after a refit).
         measure: Layer similarity that the plan is made on.
+        information: Options of the measures `npib`, `gaussian_nmi` and `gaussian_nmi_bounded`.
         pooling: Which token's state stands for a calibration prompt.
         alpha: What the alphas can express and where they start.
         loss: What the alphas are trained on.
@@ -70,6 +74,7 @@ class AlphaModule(SideBySide):
         plan: str | None = None,
         plan_method: PlanMethod | SearchMethod = "block_repaired",
         measure: Measure = "angular",
+        information: InformationConfig = InformationConfig(),  # noqa: B008 - frozen
         pooling: Pooling = "last",
         alpha: AlphaConfig = AlphaConfig(),  # noqa: B008 - frozen
         loss: LossConfig = LossConfig(),  # noqa: B008 - frozen
@@ -92,6 +97,7 @@ class AlphaModule(SideBySide):
         self.plan_path = Path(plan) if plan else None
         self.plan_method = plan_method
         self.measure = measure
+        self.information = information
         self.pooling = pooling
         self.alpha = alpha
         self.loss = loss
@@ -141,7 +147,8 @@ class AlphaModule(SideBySide):
         if not hasattr(self, "source"):
             self.check(str(self.trainer.state.fn), cast("str | None", self.trainer.ckpt_path))
         if self.state is None or not self._ready:
-            cast(nn.Module, self.source).to(self.trainer.strategy.root_device)
+            if not self.is_sharded:  # a model that is to be split may not fit whole
+                cast(nn.Module, self.source).to(self.trainer.strategy.root_device)
             self.state = self.state or self._planned()
             self._ready = True
         return self.state
@@ -168,7 +175,7 @@ class AlphaModule(SideBySide):
 
     def _measure_similarity(self) -> None:
         self.similarity_LL = similarity_by_domain(
-            self.source, self.data(), self.measure, self.pooling
+            self.source, self.data(), self.measure, self.pooling, self.information
         )
 
     def _start_similarity(self) -> Tensor | None:
@@ -190,6 +197,17 @@ class AlphaModule(SideBySide):
             self.merged.set_alphas(state.alphas)
         if state.refits is not None:
             self.merged.set_refits(state.refits)
+        if self.device_mesh is not None:
+            held = shard_layers(self.source, self.merged, self.device_mesh)
+            if self.trainer.is_global_zero:
+                message = "layers split over %d processes: %.1f of %.1f MB on each"
+                sizes = (bytes_ / 1e6 for bytes_ in held)
+                logger.info(message, self.device_mesh["data_parallel"].size(), *sizes)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 splits the frozen layers over the processes."""
+        return self.device_mesh is not None
 
     # Training.
 
@@ -220,12 +238,14 @@ class AlphaModule(SideBySide):
     def cache(self) -> StateCache:
         """Return the source's states on the calibration blocks, computed at the first call."""
         if self._cache is None:
+            memory = 0.0 if self.cache_dir else self.cache_memory
             self._cache = keep_states(
                 self.source,
                 self.data().calibration_blocks(),
                 self.merged.first_merged,
                 folder=self.cache_dir or self.run_dir / "cache",
-                memory=0.0 if self.cache_dir else self.cache_memory,
+                # Split layers run on all processes at once: none can wait for another's file.
+                memory=math.inf if self.is_sharded else memory,
             )
         return self._cache
 
@@ -248,15 +268,24 @@ class AlphaModule(SideBySide):
             )
         # On the device: a copy to the CPU would wait for it in every step.
         self._good = [p.detach().clone() for p in self.merged.alpha_parameters().values()]
-        return parts["loss"]
+        return parts["loss"] * batch["share"]
+
+    def on_after_backward(self) -> None:
+        """Average the gradients over processes where no strategy does it: alphas are not split."""
+        if self.is_sharded:
+            for parameter in self.merged.alpha_parameters().values():
+                assert parameter.grad is not None
+                self.trainer.strategy.reduce(parameter.grad, reduce_op="mean")
 
     def restore_good(self) -> bool:
         """Go back to the last alphas with a finite loss; returns whether there are any."""
+        if not self._good:
+            return False
         for parameter, good in zip(
-            self.merged.alpha_parameters().values(), self._good, strict=False
+            self.merged.alpha_parameters().values(), self._good, strict=True
         ):
             parameter.data.copy_(good)
-        return bool(self._good)
+        return True
 
     def on_train_epoch_end(self) -> None:
         for parameter in self.merged.alpha_parameters().values():
@@ -268,9 +297,10 @@ class AlphaModule(SideBySide):
 
     # Checkpoints: alphas, plan and orders, not the frozen weights.
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return the alphas alone."""
+        parameters = self.merged.alpha_parameters().items()
+        return {f"merged.{name}": parameter.detach() for name, parameter in parameters}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        alphas = {f"merged.{name}" for name in self.merged.alpha_parameters()}
-        checkpoint["state_dict"] = {
-            name: value for name, value in checkpoint["state_dict"].items() if name in alphas
-        }
         checkpoint["lmerge"] = checkpoint_state(self.prepare(), self.merged.alphas())

@@ -16,6 +16,7 @@ from lmerge.alphas import AlphaConfig, Alphas, spread, to_free
 from lmerge.checkpoints import read_checkpoint
 from lmerge.data.module import MMLUDataModule
 from lmerge.files import one_line
+from lmerge.information import InformationConfig
 from lmerge.llama import decoder_layers, head_dim, layer_tensors, num_layers
 from lmerge.plan import MergePlan, PlanMethod, check_plan, make_plan
 from lmerge.runs import RunState, read_plan, read_run, with_refits_of
@@ -111,7 +112,11 @@ def _spread(group: Alphas, anchor: int, config: AlphaConfig, source: PreTrainedM
 
 
 def similarity_by_domain(
-    source: PreTrainedModel, data: MMLUDataModule, measure: Measure, pooling: Pooling
+    source: PreTrainedModel,
+    data: MMLUDataModule,
+    measure: Measure,
+    pooling: Pooling,
+    information: InformationConfig,
 ) -> dict[str, Tensor]:
     """Return the similarity of the layers for each domain and language, and for `all` together."""
     states = {
@@ -120,9 +125,11 @@ def similarity_by_domain(
         )
         for key, prompts in data.calibration_prompts().items()
     }
-    found = {name: similarity_matrix(states_LND, measure) for name, states_LND in states.items()}
-    everything_LND = torch.cat(list(states.values()), dim=1)
-    return {**found, "all": similarity_matrix(everything_LND, measure)}
+    states["all"] = torch.cat(list(states.values()), dim=1)
+    return {
+        name: similarity_matrix(states_LND, measure, information)
+        for name, states_LND in states.items()
+    }
 
 
 def choose_plan(

@@ -7,17 +7,15 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from lmerge.align import Motion, Orders
+from lmerge.align import Orders, motion_of, motion_parts
 from lmerge.alpha_files import alphas_fingerprint, read_alphas
 from lmerge.alphas import Alphas
 from lmerge.files import one_line, provenance, read_json, read_tensors, write_json, write_tensors
 from lmerge.llama import MATRICES
 from lmerge.plan import SCHEMA as PLAN_SCHEMA
 from lmerge.plan import MergePlan, plan_from_dict, plan_to_dict
-from lmerge.symmetry import Transform, transform_from_tensors, transform_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +81,7 @@ def _flat(orders: Orders) -> dict[str, Tensor]:
 
 
 def alignment_key(
-    source: str, plan: MergePlan, method: tuple[str, str], blocks_BT: Tensor | None
+    source: str, plan: MergePlan, method: tuple[str, ...], blocks_BT: Tensor | None
 ) -> str:
     """Return 16 hex digits of all that decides an alignment."""
     groups = [(group.members, group.anchor) for group in plan.groups]
@@ -91,11 +89,6 @@ def alignment_key(
     if blocks_BT is not None:
         digest.update(blocks_BT.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def motion_parts(motion: Motion) -> Tensor | dict[str, Tensor]:
-    """Return a motion as plain tensors."""
-    return transform_tensors(motion) if isinstance(motion, Transform) else motion
 
 
 def read_orders(path: Path) -> Orders:
@@ -122,26 +115,6 @@ def read_orders(path: Path) -> Orders:
                 f"layer, got {layer!r} of shape {shapes}: {one_line(error)}. Align again."
             ) from None
     return orders
-
-
-def motion_of(parts: Tensor | dict[str, Tensor]) -> Motion:
-    """Return the motion that `motion_parts` took apart.
-
-    Raises:
-        ValueError: When it is none.
-    """
-    if isinstance(parts, Tensor):
-        return _order(parts)
-    if set(parts) <= set(MATRICES):
-        return {name: _order(order_O) for name, order_O in parts.items()}
-    return transform_from_tensors(parts)
-
-
-def _order(tensor: Tensor) -> Tensor:
-    whole = tensor.ndim == 1 and tensor.dtype in (torch.int32, torch.int64)
-    if not whole or not torch.equal(tensor.sort().values.long(), torch.arange(len(tensor))):
-        raise ValueError("it is no permutation")
-    return tensor.long()
 
 
 def check_orders(orders: Orders, plan: MergePlan, path: Path) -> Orders:

@@ -41,7 +41,11 @@ class SideBySide(LightningModule):
     def _start_evaluation(self) -> None:
         data = self.data()
         scorings = () if self.trainer.state.fn == "fit" else data.scorings
-        self.evaluation = Evaluation(data.text_bytes, scorings, device=self.device)
+        # Layers that are split over processes must run equally often on each.
+        keep_prefixes = self.device_mesh is None
+        self.evaluation = Evaluation(
+            data.text_bytes, scorings, device=self.device, keep_prefixes=keep_prefixes
+        )
 
     def validation_step(self, batch: TextBatch | ChoiceBatch, batch_idx: int) -> None:
         self.evaluation.update(self.source, self.merged.causal_lm, batch)

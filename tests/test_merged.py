@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lmerge.align import Orders, align_group, reorder_neurons
+from lmerge.align import Orders
 from lmerge.alpha_files import read_alphas, write_alphas
 from lmerge.alphas import AlphaConfig, Granularity
+from lmerge.groups import align_members
 from lmerge.llama import (
     FOLDS_INTO,
     MATRICES,
@@ -34,6 +35,7 @@ from lmerge.llama import (
     with_tensors,
 )
 from lmerge.merged import MergedLayer, MergedLlama, members_in_one_frame
+from lmerge.neurons import reorder_neurons
 from lmerge.plan import Group, MergePlan
 from lmerge.source import load_model
 
@@ -219,7 +221,7 @@ def test_a_group_of_permuted_copies_that_are_aligned_is_the_layer_at_any_alphas(
         source.model.layers[i] = with_tensors(decoder_layers(source)[i], permuted)
     plan = plan_of([1, 2, 3])
     layers = {i: layer_tensors(decoder_layers(source)[i]) for i in (1, 2, 3)}
-    merged = merge(source, plan, SIMPLEX, align_group(plan.groups[0], layers, "weights", SPEC))
+    merged = merge(source, plan, SIMPLEX, align_members(1, layers, "weights", SPEC))
     dropped = logits(fresh_model(source, [0, 1]))
     torch.testing.assert_close(logits(shake(merged).causal_lm), dropped, rtol=1e-4, atol=1e-4)
 

@@ -263,17 +263,3 @@ def test_a_fit_killed_between_steps_and_resumed_learns_the_same_alphas_to_the_bi
     run("fit", "--config", cut / "config.yaml", f"--ckpt_path={checkpoint}", *FAST)
     assert min(moves(whole).values()) > 0.01
     assert largest_difference(whole, cut) == 0
-
-
-@pytest.mark.slow
-def test_two_processes_train_the_same_alphas_as_one(tiny_dir: Path, tmp_path: Path) -> None:
-    # 24 blocks to train on: the last batch of an epoch is whole, so no block is repeated.
-    steps = ("--trainer.max_steps=20", "--data.block_size=32", "--data.holdout=0.25")
-    steps += ("--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.05")
-    fit(tiny_dir, tmp_path / "one", *FAST, *steps, "--data.batch_size=4")
-    two = ("--trainer.strategy=ddp", "--trainer.devices=2", "--data.batch_size=2")
-    with start_fit(tiny_dir, tmp_path / "two", *steps, *two) as process:
-        assert process.wait(timeout=120) == 0
-    assert largest_difference(tmp_path / "one", tmp_path / "two") <= 1e-5
-    assert min(moves(tmp_path / "one").values()) > 1e-3
-    assert json.loads((tmp_path / "two" / "alphas.json").read_text())["schema"] == 1
