@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmerge.align import Orders, align_group
+from lmerge.align import Orders
 from lmerge.alphas import AlphaConfig
 from lmerge.cache import StateCache, keep_states
 from lmerge.data.module import MMLUDataModule
 from lmerge.data.records import ChoiceBatch
 from lmerge.data.text import read_text, token_blocks
 from lmerge.divergence import Targets, source_targets
+from lmerge.groups import align_members
+from lmerge.information import InformationConfig
 from lmerge.llama import (
     decoder_layers,
     head_spec,
@@ -59,7 +61,9 @@ class Shared:
         """Angular similarity of the layers on calibration prompts."""
         path = self.folder / "similarity.json"
         if not path.is_file():
-            found = similarity_by_domain(self.source, self.data, "angular", "last")["all"]
+            found = similarity_by_domain(
+                self.source, self.data, "angular", "last", InformationConfig()
+            )["all"]
             path.write_text(json.dumps(found.tolist()))
         return torch.tensor(json.loads(path.read_text()), dtype=torch.float64)
 
@@ -101,7 +105,7 @@ class Budget:
         raw = [layer_tensors(decoder_layers(source)[i]) for i in group.members]
         framed = members_in_one_frame(raw, [None] * len(raw), group.anchor_position)
         layers = dict(zip(group.members, framed, strict=True))
-        return align_group(group, layers, "weights", head_spec(source.config))
+        return align_members(group.anchor, layers, "weights", head_spec(source.config))
 
     def states(self, token_BT: Tensor) -> StateCache:
         """Return the states of the source, from disk after the first time."""
