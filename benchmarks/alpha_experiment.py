@@ -175,7 +175,7 @@ def saved_model(budget: Budget, method: str) -> MergedLlama:
 
 def cell_names(removals: list[int]) -> list[tuple[str, int, str]]:
     """Return all cells: text first, since the questions take longest."""
-    texts = [("text", n, method) for n in removals for method in METHODS]
+    texts = [("text", n, method) for method in METHODS for n in removals]
     asked = [("mmlu", n, method) for n in removals for method in ASKED]
     return [("text", 0, "source"), *texts, ("mmlu", 0, "source"), *asked]
 
