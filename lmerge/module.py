@@ -164,12 +164,9 @@ class AlphaModule(SideBySide):
 
     def _make_plan(self) -> MergePlan:
         self._measure_similarity()
+        source, data, similarity_LL = self.source, self.data(), self.similarity_LL["all"]
         plan, self.candidates = choose_plan(
-            self.source,
-            self.data(),
-            self.num_removed,
-            self.plan_method,
-            self.similarity_LL["all"],
+            source, data, self.num_removed, self.plan_method, similarity_LL
         )
         return plan
 
@@ -191,8 +188,7 @@ class AlphaModule(SideBySide):
             return
         state = self.prepare()
         similarity_LL = self._start_similarity()
-        merged = MergedLlama(self.source, state.plan, state.orders, self.alpha, similarity_LL)
-        self.merged = merged
+        self.merged = MergedLlama(self.source, state.plan, state.orders, self.alpha, similarity_LL)
         if state.alphas is not None:
             self.merged.set_alphas(state.alphas)
         if state.refits is not None:
@@ -276,9 +272,8 @@ class AlphaModule(SideBySide):
         """Go back to the last alphas with a finite loss; returns whether there are any."""
         if not self._good:
             return False
-        for parameter, good in zip(
-            self.merged.alpha_parameters().values(), self._good, strict=True
-        ):
+        parameters = self.merged.alpha_parameters().values()
+        for parameter, good in zip(parameters, self._good, strict=True):
             parameter.data.copy_(good)
         return True
 
@@ -286,8 +281,7 @@ class AlphaModule(SideBySide):
         for parameter in self.merged.alpha_parameters().values():
             if not parameter.isfinite().all():
                 raise ValueError(
-                    "the alphas became NaN or infinite in training. Lower the learning rate, or "
-                    "resume from the last checkpoint."
+                    "the alphas became NaN or infinite in training. Lower the learning rate."
                 )
 
     # Checkpoints: alphas, plan and orders, not the frozen weights.
