@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
+from filelock import FileLock
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
@@ -42,6 +44,7 @@ from lmerge.gate import (
     gate_rows,
     generation_sanity,
 )
+from lmerge.kept import alignment_key
 from lmerge.llama import LayerTensors, decoder_layers, head_spec, layer_tensors
 from lmerge.merged import members_in_one_frame
 from lmerge.module import AlphaModule
@@ -50,7 +53,6 @@ from lmerge.progress import track
 from lmerge.repair import RepairConfig, refit_groups
 from lmerge.results import Row, print_table, table_rows, write_metrics
 from lmerge.runs import (
-    alignment_key,
     read_orders,
     write_alphas,
     write_orders,
@@ -81,8 +83,9 @@ def _say_later(module: AlphaModule, what: str) -> None:
 class HungarianAlignment(Callback):
     """Aligns every group's members to its anchor before the module merges them.
 
-    What was found is kept in the run folder under `alignment_cache/`, by source, plan, method and
-    calibration blocks, so that a later run with the same ones does not solve again.
+    What was found is kept in `model.cache_dir`, or in the run folder under `alignment_cache/`, by
+    source, plan, method and calibration blocks, so that another run with the same ones does not
+    solve again.
 
     Args:
         method: `weights`, `activations` (their correlation on calibration tokens) or `both` match
@@ -114,7 +117,14 @@ class HungarianAlignment(Callback):
     def _align(self, module: AlphaModule) -> Orders:
         assert module.state is not None
         blocks_BT = self._blocks(module)
-        path = module.run_dir / "alignment_cache" / f"{self._key(module, blocks_BT)}.safetensors"
+        folder = module.cache_dir or module.run_dir / "alignment_cache"
+        path = folder / f"{self._key(module, blocks_BT)}.safetensors"
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            return self._read_or_solve(module, path, blocks_BT)
+
+    def _read_or_solve(self, module: AlphaModule, path: Path, blocks_BT: Tensor | None) -> Orders:
+        assert module.state is not None
         orders: Orders = read_orders(path) if path.is_file() else {}
         if orders:
             logger.info("alignment read from %s", path)
@@ -211,7 +221,7 @@ class Artefacts(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = _module(pl_module)
         assert module.state is not None
-        write_plan(module.run_dir, module.state.plan)
+        write_plan(module.run_dir / "plan.json", module.state.plan)
         write_orders(module.run_dir, module.state.orders)
         write_similarity(trainer, module)
         write_search(trainer, module)

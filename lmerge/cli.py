@@ -27,6 +27,7 @@ from lmerge.data.module import MMLUDataModule
 from lmerge.files import write_text
 from lmerge.gate import EXIT_CODE, GateConfig
 from lmerge.module import AlphaModule
+from lmerge.stopping import StopTogether
 
 WandbMode = Literal["offline", "online", "disabled"]
 
@@ -150,7 +151,7 @@ class CLI(LightningCLI):
         run_dir = Path(self._get(self.config_init, "run_dir"))
         if config.get("logger") in (None, True):
             kwargs["logger"] = self._loggers(run_dir)
-        callbacks = list(config.get("callbacks") or [])
+        callbacks = [*(config.get("callbacks") or []), StopTogether()]
         has_own = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
         wanted = self.subcommand == "fit" and config.get("enable_checkpointing") is not False
         if wanted and not has_own:

@@ -21,6 +21,7 @@ from lmerge.data.module import MMLUDataModule
 from lmerge.data.records import ChoiceBatch, TextBatch
 from lmerge.evaluate import Evaluation
 from lmerge.gate import Check, GateConfig
+from lmerge.kept import kept_plan
 from lmerge.llama import num_layers
 from lmerge.losses import LossConfig, letter_prompts
 from lmerge.merged import MergedLlama
@@ -56,8 +57,8 @@ class AlphaModule(LightningModule):
         alpha: What the alphas can express and where they start.
         loss: What the alphas are trained on.
         num_positions: Positions of each calibration block that the KL loss looks at; 0 is all.
-        cache_dir: Folder where the source's states on the calibration blocks are kept on disk, for
-            other runs too; null for the run's own.
+        cache_dir: Folder where the plan, the neuron orders and the source's states on the
+            calibration blocks are kept, for other runs too; null for the run's own.
         cache_memory: States up to this size stay in memory, larger ones are mapped from disk; in
             GiB, at least 0. With `cache_dir` they are always on disk.
         dtype: Dtype of the weights; `auto` keeps the checkpoint's.
@@ -178,8 +179,17 @@ class AlphaModule(LightningModule):
             self.trainer.limit_train_batches = 0  # nothing merges, so nothing is to be learned
 
     def _planned(self) -> RunState:
-        made = self._make_plan() if self.trainer.is_global_zero else None
+        made = self._kept_plan() if self.trainer.is_global_zero else None
         return RunState(plan=cast(MergePlan, self.trainer.strategy.broadcast(made)))
+
+    def _kept_plan(self) -> MergePlan:
+        if self.cache_dir is None:
+            return self._make_plan()
+        options = (self.num_removed, self.plan_method, self.measure, self.pooling)
+        prompts = [p for prompts in self.data().calibration_prompts().values() for p in prompts]
+        tokens = (*prompts, self.data().calibration_blocks(), self.data().held_out())
+        fingerprint = model_fingerprint(self.source)
+        return kept_plan(self.cache_dir, fingerprint, options, tokens, self._make_plan)
 
     def _make_plan(self) -> MergePlan:
         data = self.data()

@@ -24,9 +24,6 @@ logger = logging.getLogger(__name__)
 
 ALPHAS_SCHEMA = 1
 
-ALIGNMENT_VERSION = 1
-"""Raised when an aligner changes, so that older cached alignments are not reused."""
-
 Refits = list[dict[str, Tensor]]
 """For each group, the matrices that a repair put in the place of the merged ones."""
 
@@ -45,10 +42,10 @@ class RunState:
     """Refitted matrices of each group; None without a repair."""
 
 
-def write_plan(run_dir: Path, plan: MergePlan) -> None:
-    """Write plan.json."""
+def write_plan(path: Path, plan: MergePlan) -> None:
+    """Write a plan.json."""
     data = {**plan_to_dict(plan), "provenance": provenance()}
-    write_json(run_dir / "plan.json", data, schema=PLAN_SCHEMA)
+    write_json(path, data, schema=PLAN_SCHEMA)
 
 
 def read_plan(path: Path) -> MergePlan:
@@ -83,17 +80,6 @@ def _flat(orders: Orders) -> dict[str, Tensor]:
             f"{layer}{n}": t if t.is_floating_point() else t.int() for n, t in named.items()
         }
     return tensors
-
-
-def alignment_key(
-    source: str, plan: MergePlan, method: tuple[str, str], blocks_BT: Tensor | None
-) -> str:
-    """Return 16 hex digits of all that decides an alignment."""
-    groups = [(group.members, group.anchor) for group in plan.groups]
-    digest = hashlib.sha256(repr((ALIGNMENT_VERSION, source, groups, method)).encode())
-    if blocks_BT is not None:
-        digest.update(blocks_BT.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def motion_parts(motion: Motion) -> Tensor | dict[str, Tensor]:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from filelock import FileLock, Timeout
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 
 from lmerge.figures import save
@@ -33,17 +37,6 @@ from lmerge.trials import (
 
 SCHEMA = 1
 POLL_SECONDS = 0.5
-PLAN_OPTIONS = (
-    "data.",
-    "model.plan",
-    "model.num_removed",
-    "model.measure",
-    "model.pooling",
-    "model.source",
-    "model.dtype",
-    "seed_everything",
-)
-"""Options that a plan depends on; where one is swept, the trials cannot share a plan."""
 
 
 def sweep(
@@ -71,13 +64,30 @@ def sweep(
     folder, options = Path(run_dir), read_sweep(Path(path))
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / "sweep.lock", timeout=0):
+        with FileLock(folder / "sweep.lock", timeout=0), _stopping_like_ctrl_c():
             runner = Runner(options, folder, engine, seed)
             runner.run(count, jobs)
     except Timeout as error:
         raise ValueError(
             f"another `lmerge sweep` runs in {folder}. Choose another `--run_dir`."
         ) from error
+    except KeyboardInterrupt:
+        sys.stderr.write("lmerge: stopped; the same command goes on from here.\n")
+        sys.exit(130)
+
+
+@contextmanager
+def _stopping_like_ctrl_c() -> Iterator[None]:
+    """Turn SIGTERM into KeyboardInterrupt, so that the trials end with this process."""
+
+    def stop(_signum: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Runner:
@@ -102,27 +112,21 @@ class Runner:
         redo = [trial for trial in self.trials if trial.state == "running"]
         more = True
         try:
-            while redo or self.running or (more and len(self.trials) < count):
-                free = len(self.running) < jobs and self._may_start()
-                if free and redo:
-                    self._restart(redo.pop(0))
-                elif free and more and len(self.trials) < count:
-                    more = self._propose()
-                else:
-                    self._poll()
-                    time.sleep(POLL_SECONDS)
+            with Live(console=self.console, auto_refresh=False) as live:
+                while redo or self.running or (more and len(self.trials) < count):
+                    free = len(self.running) < jobs
+                    if free and redo:
+                        self._restart(redo.pop(0))
+                    elif free and more and len(self.trials) < count:
+                        more = self._propose()
+                    else:
+                        self._poll()
+                        time.sleep(POLL_SECONDS)
+                    live.update(results_table(self.config, self.trials, count, jobs), refresh=True)
         finally:
             for process in self.running.values():
-                process.kill()
-        self._report(count)
-
-    def _may_start(self) -> bool:
-        """Let the others wait for the first trial's plan, where all share it."""
-        return not self.running or not shares_plan(self.config) or self._plan() is not None
-
-    def _plan(self) -> Path | None:
-        paths = [self.folder / trial.folder / "plan.json" for trial in self.trials]
-        return next((path for path in paths if path.is_file()), None)
+                _kill(process)
+        self._report()
 
     def _propose(self) -> bool:
         params = ENGINES[self.engine](self.config, self.trials, self.seed)
@@ -144,9 +148,6 @@ class Runner:
         args += [f"--run_dir={run_dir}", "--overwrite=true", "--wandb=disabled"]
         if "--model.cache_dir" not in " ".join(args):
             args.append(f"--model.cache_dir={self.folder / 'cache'}")
-        plan = self._plan()
-        if plan is not None and shares_plan(self.config) and "--model.plan=" not in " ".join(args):
-            args.append(f"--model.plan={plan}")
         write_results(self.folder, self.config, self.trials)
         with open(self.folder / f"{trial.folder}.log", "wb") as log:
             self.running[trial.index] = subprocess.Popen(
@@ -154,6 +155,7 @@ class Runner:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "WANDB_MODE": "disabled"},
+                start_new_session=True,
             )
         self.started[trial.index] = time.monotonic()
 
@@ -169,8 +171,7 @@ class Runner:
                 self._finish(trial, process.returncode)
         for index in to_stop(self.config, self.trials):
             if index in self.running:
-                self.running[index].kill()
-                self.running[index].wait()
+                _kill(self.running[index])
                 self._finish(self.trials[index], 0, stopped=True)
 
     def _finish(self, trial: Trial, code: int, *, stopped: bool = False) -> None:
@@ -188,9 +189,8 @@ class Runner:
             f"trial {trial.index} {trial.state} in {trial.seconds:.0f} s: {shown}", markup=False
         )
 
-    def _report(self, count: int) -> None:
+    def _report(self) -> None:
         write_results(self.folder, self.config, self.trials)
-        self.console.print(results_table(self.config, self.trials))
         done = [t for t in self.trials if t.metric is not None and t.state != "failed"]
         if not done:
             raise ValueError(
@@ -203,9 +203,11 @@ class Runner:
         save(importance_figure(done, name), self.folder / "importance.png")
 
 
-def shares_plan(config: SweepConfig) -> bool:
-    """Return whether no swept option changes the plan."""
-    return not any(key.startswith(PLAN_OPTIONS) for key in config["parameters"])
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a trial with all the processes that its strategy has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def trial_command(config: SweepConfig, params: dict[str, Any]) -> list[str]:
@@ -267,9 +269,9 @@ def _cell(value: str) -> str:
     return '"' + value.replace('"', '""') + '"' if set(value) & set(',"\n') else value
 
 
-def results_table(config: SweepConfig, trials: Sequence[Trial]) -> Table:
-    """Return the trials, the best first."""
-    table = Table(title=f"best of {len(trials)} trials first", title_justify="left")
+def results_table(config: SweepConfig, trials: Sequence[Trial], count: int, jobs: int) -> Table:
+    """Return the trials, the best first, under a line that says how far the sweep is."""
+    table = Table(title=_progress(trials, count, jobs), title_justify="left")
     for name in ("trial", metric_name(config), "state", "seconds", "values"):
         table.add_column(name)
 
@@ -282,3 +284,15 @@ def results_table(config: SweepConfig, trials: Sequence[Trial]) -> Table:
         values = ", ".join(f"{key.rpartition('.')[2]} {v}" for key, v in trial.params.items())
         table.add_row(str(trial.index), metric, trial.state, f"{trial.seconds:.0f}", values)
     return table
+
+
+def _progress(trials: Sequence[Trial], count: int, jobs: int) -> str:
+    ended = [trial for trial in trials if trial.state != "running"]
+    text = f"{len(ended)} of {count} trials, the best first"
+    left = max(0, count - len(ended))
+    if not ended or not left:
+        return text
+    minutes = left / jobs * sum(trial.seconds for trial in ended) / len(ended) / 60
+    return (
+        f"{text}; at most {minutes:.0f} min left" if minutes >= 1 else f"{text}; under 1 min left"
+    )
