@@ -22,7 +22,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
-from lmerge.callbacks import Artefacts, ExportCheckpoint, HungarianAlignment, Repair
+from lmerge.alignment import HungarianAlignment
+from lmerge.callbacks import Artefacts, ExportCheckpoint, Repair
 from lmerge.data.module import MMLUDataModule
 from lmerge.files import write_text
 from lmerge.gate import EXIT_CODE, GateConfig
@@ -262,6 +263,7 @@ def _quiet() -> None:
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "similarity": ("lmerge.similarity_study", "run_similarity"),
+    "transfer": ("lmerge.transfer_study", "run_transfer"),
     "sweep": ("lmerge.sweep", "sweep"),
     "diff": ("lmerge.diff", "diff"),
 }

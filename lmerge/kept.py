@@ -1,4 +1,4 @@
-"""Plans and alignments that runs share: under which name each is kept, and who makes it."""
+"""Plans that runs share: under which name each is kept, and who makes it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,6 @@ logger = logging.getLogger(__name__)
 
 PLAN_VERSION = 1
 """Raised when a way to choose layers changes, so that older kept plans are not reused."""
-
-ALIGNMENT_VERSION = 1
-"""Raised when an aligner changes, so that older cached alignments are not reused."""
 
 
 def kept_plan(
@@ -45,18 +42,7 @@ def kept_plan(
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if not path.is_file():
-            write_plan(path, make())
+            write_plan(folder, make(), path)
         else:
             logger.info("plan read from %s", path)
     return read_plan(path)
-
-
-def alignment_key(
-    source: str, plan: MergePlan, method: tuple[str, str], blocks_BT: Tensor | None
-) -> str:
-    """Return 16 hex digits of all that decides an alignment."""
-    groups = [(group.members, group.anchor) for group in plan.groups]
-    digest = hashlib.sha256(repr((ALIGNMENT_VERSION, source, groups, method)).encode())
-    if blocks_BT is not None:
-        digest.update(blocks_BT.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

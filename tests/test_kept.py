@@ -4,25 +4,11 @@ import pytest
 import torch
 from models import plan_of
 
-from lmerge.kept import alignment_key, kept_plan
+from lmerge.kept import kept_plan
 from lmerge.plan import MergePlan
 
 PLAN, OTHER = plan_of([0, 1]), plan_of([1, 2])
 PROMPTS = [torch.arange(3), torch.arange(5)]
-
-
-def test_the_key_of_an_alignment_sees_what_decides_it() -> None:
-    blocks = torch.arange(6)[None]
-    keys = {
-        alignment_key("a", PLAN, ("weights", "anchor"), None),
-        alignment_key("b", PLAN, ("weights", "anchor"), None),
-        alignment_key("a", PLAN, ("full", "anchor"), None),
-        alignment_key("a", PLAN, ("weights", "joint"), None),
-        alignment_key("a", PLAN, ("weights", "anchor"), blocks),
-        alignment_key("a", PLAN, ("weights", "anchor"), blocks + 1),
-    }
-    assert len(keys) == 6
-    assert alignment_key("a", PLAN, ("weights", "anchor"), None) in keys
 
 
 def never() -> MergePlan:

@@ -9,24 +9,22 @@ from models import plan_of
 from torch import Tensor
 
 from lmerge.align import Orders
+from lmerge.alpha_files import alphas_fingerprint, read_alphas, write_alphas
 from lmerge.alphas import Alphas
+from lmerge.checkpoints import checkpoint_state, read_checkpoint
 from lmerge.files import write_json, write_tensors
 from lmerge.llama import MATRICES, HeadSpec
 from lmerge.plan import MergePlan
 from lmerge.runs import (
     Refits,
     RunState,
-    alphas_fingerprint,
-    checkpoint_state,
+    alignment_key,
     motion_of,
-    read_alphas,
-    read_checkpoint,
     read_orders,
     read_plan,
     read_refits,
     read_run,
     with_refits_of,
-    write_alphas,
     write_orders,
     write_plan,
     write_refits,
@@ -77,7 +75,7 @@ def write_groups(folder: Path, *groups: object) -> Path:
 
 
 def test_a_plan_survives_its_file(tmp_path: Path) -> None:
-    write_plan(tmp_path / "plan.json", PLAN)
+    write_plan(tmp_path, PLAN)
     assert read_plan(tmp_path / "plan.json") == PLAN
 
 
@@ -132,6 +130,20 @@ def test_transforms_and_orders_of_rows_survive_their_file_and_a_checkpoint(tmp_p
         )
         assert torch.equal(found[2]["q_proj"], orders[2]["q_proj"])  # type: ignore[index,call-overload]
         assert torch.equal(found[3], orders[3])  # type: ignore[arg-type]
+
+
+def test_the_key_of_an_alignment_sees_what_decides_it() -> None:
+    blocks = torch.arange(6)[None]
+    keys = {
+        alignment_key("a", PLAN, ("weights", "anchor"), None),
+        alignment_key("b", PLAN, ("weights", "anchor"), None),
+        alignment_key("a", PLAN, ("full", "anchor"), None),
+        alignment_key("a", PLAN, ("weights", "joint"), None),
+        alignment_key("a", PLAN, ("weights", "anchor"), blocks),
+        alignment_key("a", PLAN, ("weights", "anchor"), blocks + 1),
+    }
+    assert len(keys) == 6
+    assert alignment_key("a", PLAN, ("weights", "anchor"), None) in keys
 
 
 def test_no_orders_survive_their_file(tmp_path: Path) -> None:
@@ -321,7 +333,7 @@ def write_run(folder: Path) -> RunState:
     )
     assert state.alphas is not None
     assert state.refits is not None
-    write_plan(folder / "plan.json", state.plan)
+    write_plan(folder, state.plan)
     write_orders(folder, state.orders)
     write_alphas(folder, state.plan, state.alphas)
     write_refits(folder, state.refits, state.alphas)
@@ -344,7 +356,7 @@ def test_a_run_without_a_plan_is_one_line_that_names_the_folder(tmp_path: Path) 
 
 
 def test_a_run_that_has_a_plan_alone_has_no_alphas(tmp_path: Path) -> None:
-    write_plan(tmp_path / "plan.json", PLAN)
+    write_plan(tmp_path, PLAN)
     found = read_run(tmp_path)
     assert (found.orders, found.alphas, found.refits) == ({}, None, None)
 
@@ -415,6 +427,17 @@ def damaged(**changes: object) -> dict[str, object]:
         {"lmerge": {}},
         {"lmerge": damaged(plan={"num_layers": 4})},
         {"lmerge": damaged(plan=None)},
+        {"lmerge": damaged(alphas=None)},
+        {"lmerge": damaged(alphas=[])},
+        {"lmerge": damaged(alphas=[{"layer": torch.ones(3)}] * len(PLAN.groups))},
+        {"lmerge": damaged(alphas=[{"q_proj": torch.ones(2)}] * len(PLAN.groups))},
+        {"lmerge": damaged(alphas=[{"layer": torch.tensor([1.0, torch.nan])}] * len(PLAN.groups))},
+        {"lmerge": damaged(alphas=[{"layer": "text"}] * len(PLAN.groups))},
+        {"lmerge": damaged(orders=None)},
+        {"lmerge": damaged(orders={"1": torch.arange(48)})},
+        {"lmerge": damaged(orders={77: torch.arange(48)})},
+        {"lmerge": damaged(orders={PLAN.groups[0].start: torch.zeros(48, dtype=torch.long)})},
+        {"lmerge": damaged(orders={PLAN.groups[0].start: torch.ones(48)})},
     ],
 )
 def test_a_checkpoint_of_something_else_is_one_line_that_names_the_file(
@@ -456,6 +479,6 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
 
 def test_an_empty_plan_makes_an_empty_run(tmp_path: Path) -> None:
     plan = MergePlan(num_layers=4, groups=())
-    write_plan(tmp_path / "plan.json", plan)
+    write_plan(tmp_path, plan)
     write_alphas(tmp_path, plan, [])
     assert read_run(tmp_path).alphas == []
