@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -18,11 +17,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 
 from lmerge.figures import save
-from lmerge.files import provenance, read_json, write_json, write_text
 from lmerge.sweep_figures import best_so_far_figure, importance_figure, parallel_figure
+from lmerge.sweep_results import read_history, read_trials, results_table, write_results
 from lmerge.trials import (
     ENGINES,
     Engine,
@@ -35,7 +33,6 @@ from lmerge.trials import (
     to_stop,
 )
 
-SCHEMA = 1
 POLL_SECONDS = 0.5
 
 
@@ -47,6 +44,7 @@ def sweep(
     engine: Engine = "wandb",
     run_dir: str = "runs/sweep",
     seed: int = 0,
+    options: list[str] | None = None,
 ) -> None:
     """Run a W&B sweep file without a server; a second call goes on where the first was stopped.
 
@@ -57,16 +55,17 @@ def sweep(
         engine: `wandb` is W&B's own engine; `optuna` reads the same file.
         run_dir: Folder of the results and of the trials' run folders.
         seed: Seed of the proposed values.
+        options: For sweeps of another LightningCLI: run the file's `program`, with these options,
+            where {folder} stands for the trial's folder. A metrics.csv must come to lie in it.
     """
     for name, value in (("count", count), ("jobs", jobs)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
-    folder, options = Path(run_dir), read_sweep(Path(path))
+    folder, config = Path(run_dir), read_sweep(Path(path))
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / "sweep.lock", timeout=0), _stopping_like_ctrl_c():
-            runner = Runner(options, folder, engine, seed)
-            runner.run(count, jobs)
+            Runner(config, folder, engine, seed, options).run(count, jobs)
     except Timeout as error:
         raise ValueError(
             f"another `lmerge sweep` runs in {folder}. Choose another `--run_dir`."
@@ -98,10 +97,19 @@ class Runner:
         folder: Folder of the results.
         engine: Who proposes values.
         seed: Seed of the proposals.
+        options: Options of each trial of another program, see `sweep`.
     """
 
-    def __init__(self, config: SweepConfig, folder: Path, engine: Engine, seed: int) -> None:
+    def __init__(
+        self,
+        config: SweepConfig,
+        folder: Path,
+        engine: Engine,
+        seed: int,
+        options: list[str] | None = None,
+    ) -> None:
         self.config, self.folder, self.engine, self.seed = config, folder, engine, seed
+        self.options = options
         self.trials = read_trials(folder / "results.json", config)
         self.running: dict[int, subprocess.Popen[bytes]] = {}
         self.started: dict[int, float] = {}
@@ -143,15 +151,12 @@ class Runner:
         self._start(trial)
 
     def _start(self, trial: Trial) -> None:
-        run_dir = self.folder / trial.folder
-        args = trial_command(self.config, trial.params)
-        args += [f"--run_dir={run_dir}", "--overwrite=true", "--wandb=disabled"]
-        if "--model.cache_dir" not in " ".join(args):
-            args.append(f"--model.cache_dir={self.folder / 'cache'}")
+        args = [*trial_command(self.config, trial.params), *self._own_options(trial)]
+        program = ["-m", "lmerge"] if self.options is None else [str(self.config["program"])]
         write_results(self.folder, self.config, self.trials)
         with open(self.folder / f"{trial.folder}.log", "wb") as log:
             self.running[trial.index] = subprocess.Popen(
-                [sys.executable, "-m", "lmerge", *args],
+                [sys.executable, *program, *args],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "WANDB_MODE": "disabled"},
@@ -159,12 +164,20 @@ class Runner:
             )
         self.started[trial.index] = time.monotonic()
 
+    def _own_options(self, trial: Trial) -> list[str]:
+        """Return where a trial writes, and what it shares with the others."""
+        folder = self.folder / trial.folder
+        if self.options is not None:
+            return [option.replace("{folder}", str(folder)) for option in self.options]
+        cache = f"--model.cache_dir={self.folder / 'cache'}"
+        return [f"--run_dir={folder}", "--overwrite=true", "--wandb=disabled", cache]
+
     def _poll(self) -> None:
         for index, process in list(self.running.items()):
             trial = self.trials[index]
             ended = process.poll() is not None
-            csv_path = self.folder / trial.folder / "logs" / "metrics.csv"
-            trial.history = read_history(csv_path, metric_name(self.config))
+            for path in (self.folder / trial.folder).rglob("metrics.csv"):
+                trial.history = read_history(path, metric_name(self.config))
             trial.metric = best_value(self.config, trial.history)
             trial.seconds = time.monotonic() - self.started[index]
             if ended:
@@ -211,7 +224,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def trial_command(config: SweepConfig, params: dict[str, Any]) -> list[str]:
-    """Return the arguments after `lmerge` of a trial, from the file's `command`."""
+    """Return the arguments after the program of a trial, from the file's `command`."""
     args = [f"--{key}={_option(value)}" for key, value in params.items()]
     command = config.get("command", ["${env}", "${interpreter}", "${program}", "fit", "${args}"])
     found: list[str] = []
@@ -225,74 +238,3 @@ def trial_command(config: SweepConfig, params: dict[str, Any]) -> list[str]:
 
 def _option(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def read_history(path: Path, name: str) -> list[float]:
-    """Return the values of a column of Lightning's metrics.csv, without the empty cells."""
-    if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = [row.get(name) for row in csv.DictReader(file)]
-    return [float(value) for value in rows if value]
-
-
-def read_trials(path: Path, config: SweepConfig) -> list[Trial]:
-    """Return the trials of an earlier call; none where there was none.
-
-    Raises:
-        ValueError: When they belong to another sweep.
-    """
-    if not path.is_file():
-        return []
-    data = read_json(path, schema=SCHEMA)
-    if data.get("sweep") != json.loads(json.dumps(config)):
-        raise ValueError(
-            f"{path} holds the trials of another sweep. Choose another `--run_dir`, or remove it."
-        )
-    return [Trial(**trial) for trial in data["trials"]]
-
-
-def write_results(folder: Path, config: SweepConfig, trials: Sequence[Trial]) -> None:
-    """Write results.json and results.csv."""
-    data = {"sweep": config, "trials": [t.as_dict() for t in trials], "provenance": provenance()}
-    write_json(folder / "results.json", data, schema=SCHEMA)
-    names = sorted({key for trial in trials for key in trial.params})
-    lines = [["trial", "state", "seconds", metric_name(config), *names]]
-    for trial in trials:
-        values = [json.dumps(trial.params.get(name)) for name in names]
-        metric = "" if trial.metric is None else repr(trial.metric)
-        lines.append([str(trial.index), trial.state, f"{trial.seconds:.1f}", metric, *values])
-    write_text(folder / "results.csv", "".join(",".join(map(_cell, line)) + "\n" for line in lines))
-
-
-def _cell(value: str) -> str:
-    return '"' + value.replace('"', '""') + '"' if set(value) & set(',"\n') else value
-
-
-def results_table(config: SweepConfig, trials: Sequence[Trial], count: int, jobs: int) -> Table:
-    """Return the trials, the best first, under a line that says how far the sweep is."""
-    table = Table(title=_progress(trials, count, jobs), title_justify="left")
-    for name in ("trial", metric_name(config), "state", "seconds", "values"):
-        table.add_column(name)
-
-    def rank(trial: Trial) -> float:
-        failed = trial.metric is None or trial.state == "failed"
-        return float("inf") if failed else sign(config) * float(trial.metric or 0)
-
-    for trial in sorted(trials, key=rank)[:20]:
-        metric = "" if trial.metric is None else f"{trial.metric:.6g}"
-        values = ", ".join(f"{key.rpartition('.')[2]} {v}" for key, v in trial.params.items())
-        table.add_row(str(trial.index), metric, trial.state, f"{trial.seconds:.0f}", values)
-    return table
-
-
-def _progress(trials: Sequence[Trial], count: int, jobs: int) -> str:
-    ended = [trial for trial in trials if trial.state != "running"]
-    text = f"{len(ended)} of {count} trials, the best first"
-    left = max(0, count - len(ended))
-    if not ended or not left:
-        return text
-    minutes = left / jobs * sum(trial.seconds for trial in ended) / len(ended) / 60
-    return (
-        f"{text}; at most {minutes:.0f} min left" if minutes >= 1 else f"{text}; under 1 min left"
-    )
