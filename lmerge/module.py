@@ -24,7 +24,15 @@ from lmerge.llama import num_layers
 from lmerge.losses import LossConfig, letter_prompts
 from lmerge.merged import MergedLlama
 from lmerge.objective import Objective
-from lmerge.plan import MergePlan, PlanMethod, check_num_removed, check_plan, make_plan
+from lmerge.plan import (
+    PLAN_METHODS,
+    MergePlan,
+    PlanMethod,
+    check_num_removed,
+    check_plan,
+    layers_of_budget,
+    make_plan,
+)
 from lmerge.runs import (
     RunState,
     checkpoint_state,
@@ -46,9 +54,11 @@ class AlphaModule(LightningModule):
     Args:
         source: Model to compress: hub id, local folder, GGUF file or the alias `smollm2-135m`.
         num_removed: Layers to remove; from 0 to the number of layers minus 1.
+        budget: Share of the layers to remove, such as 20%; it takes the place of `num_removed`.
         plan: A plan.json that replaces the similarity and plan stages.
         plan_method: How the layers to merge are chosen: `block` (most similar ends), `tail` (the
-            last layers, as MKA released it) or `block_repaired` (least KL after a refit).
+            last layers, as MKA released it), `block_repaired` (the block of least KL after a refit)
+            or `groups_repaired` (one or several groups of least KL after a refit).
         measure: Layer similarity that the plan is made on.
         pooling: Which token's state stands for a calibration prompt.
         alpha: What the alphas can express and where they start.
@@ -71,6 +81,7 @@ class AlphaModule(LightningModule):
         self,
         source: str = "smollm2-135m",
         num_removed: int = 3,
+        budget: str | None = None,
         plan: str | None = None,
         plan_method: PlanMethod | SearchMethod = "block_repaired",
         measure: Measure = "angular",
@@ -93,6 +104,7 @@ class AlphaModule(LightningModule):
             raise ValueError(f"`cache_memory` must be at least 0 GiB, got {cache_memory}. Try 8.")
         self.source_name = source
         self.num_removed = num_removed
+        self.budget = budget
         self.plan_path = Path(plan) if plan else None
         self.plan_method = plan_method
         self.measure = measure
@@ -132,6 +144,8 @@ class AlphaModule(LightningModule):
         """
         self.source = load_model(self.source_name, self.dtype_name)
         depth, fingerprint = num_layers(self.source), model_fingerprint(self.source)
+        if self.budget is not None:
+            self.num_removed = layers_of_budget(self.budget, depth)
         if stage == "fit" and not ckpt_path and self.plan_path is None:
             check_num_removed(self.num_removed, depth)
             return
@@ -148,7 +162,7 @@ class AlphaModule(LightningModule):
         )
         if stage == "fit":
             # Alphas come from the checkpoint; refits of an earlier end of training do not.
-            return saved or replace(read_run(self.run_dir), refits=None)
+            return saved or replace(read_run(self.run_dir), refits=None, kept_refits={})
         if saved is None:
             state = read_run(self.run_dir)
             if state.alphas is None:
@@ -185,16 +199,16 @@ class AlphaModule(LightningModule):
             "source": model_fingerprint(self.source),
             "calibration": data.fingerprints["val"],
         }
-        if self.plan_method != "block_repaired" or not self.num_removed:
+        if self.plan_method in PLAN_METHODS or not self.num_removed:
             method: PlanMethod = "tail" if self.plan_method == "tail" else "block"
             return make_plan(self.similarity_LL["all"], self.num_removed, method, **provenance)
         blocks_BT, held_B = data.calibration_blocks(), data.held_out()
         self.candidates = search_plan(
-            self.source, blocks_BT, held_B, self.num_removed, self.plan_method
+            self.source, blocks_BT, held_B, self.num_removed, cast(SearchMethod, self.plan_method)
         )
         return MergePlan(
             num_layers=num_layers(self.source),
-            groups=(self.candidates[0].group,),
+            groups=self.candidates[0].groups,
             method=self.plan_method,
             **provenance,
         )
@@ -239,6 +253,8 @@ class AlphaModule(LightningModule):
             self.merged.spread_alphas(load_alphas(Path(self.alpha.path), state.plan))
         if state.refits is not None:
             self.merged.set_refits(state.refits)
+        for position, tensors in state.kept_refits.items():
+            self.merged.refit_layer(position, tensors)
 
     # Training.
 

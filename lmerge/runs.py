@@ -15,7 +15,7 @@ from torch import Tensor
 from lmerge.align import Motion, Orders
 from lmerge.alphas import Alphas
 from lmerge.files import one_line, provenance, read_json, read_tensors, write_json, write_tensors
-from lmerge.llama import MATRICES
+from lmerge.llama import MATRICES, PATHS
 from lmerge.plan import SCHEMA as PLAN_SCHEMA
 from lmerge.plan import Group, MergePlan, plan_from_dict, plan_to_dict
 from lmerge.symmetry import Transform, transform_from_tensors, transform_tensors
@@ -31,6 +31,10 @@ Refits = list[dict[str, Tensor]]
 """For each group, the matrices that a repair put in the place of the merged ones."""
 
 
+KeptRefits = dict[int, dict[str, Tensor]]
+"""Position in the merged model -> the tensors that a repair changed in a layer of no group."""
+
+
 @dataclass(kw_only=True)
 class RunState:
     """What turns the source into the merged model."""
@@ -43,6 +47,8 @@ class RunState:
     """Alphas of each group; None before they exist."""
     refits: Refits | None = None
     """Refitted matrices of each group; None without a repair."""
+    kept_refits: KeptRefits = field(default_factory=dict)
+    """Refitted tensors of layers that are in no group."""
 
 
 def write_plan(run_dir: Path, plan: MergePlan) -> None:
@@ -215,9 +221,13 @@ def alphas_fingerprint(alphas: list[Alphas]) -> str:
     return digest.hexdigest()[:16]
 
 
-def write_refits(run_dir: Path, refits: Refits, alphas: list[Alphas]) -> None:
+def write_refits(
+    run_dir: Path, refits: Refits, alphas: list[Alphas], kept: KeptRefits | None = None
+) -> None:
     """Write repair.safetensors, which belongs to these alphas alone."""
     tensors = {f"{i}.{name}": w for i, group in enumerate(refits) for name, w in group.items()}
+    for position, layer in (kept or {}).items():
+        tensors |= {f"kept.{position}.{name}": weight for name, weight in layer.items()}
     metadata = {"schema": "1", "alphas": alphas_fingerprint(alphas)}
     write_tensors(run_dir / "repair.safetensors", tensors, metadata)
 
@@ -233,9 +243,11 @@ def read_refits(path: Path, alphas: list[Alphas]) -> Refits | None:
         logger.warning("%s was fitted to other alphas, so it is left out", path)
         return None
     refits: Refits = [{} for _ in alphas]
-    places = {f"{i}.{name}": (i, name) for i in range(len(alphas)) for name in MATRICES}
+    places = {f"{i}.{name}": (i, name) for i in range(len(alphas)) for name in PATHS}
     for key, weight in tensors.items():
-        if key not in places or weight.ndim != 2:
+        if key.startswith("kept."):
+            continue
+        if key not in places or weight.ndim != (1 if _is_vector(key) else 2):
             raise ValueError(
                 f"{path} must hold matrices of the {len(alphas)} groups, such as '0.down_proj', "
                 f"got {key!r} of shape {list(weight.shape)}. Repair again."
@@ -243,6 +255,41 @@ def read_refits(path: Path, alphas: list[Alphas]) -> Refits | None:
         group, name = places[key]
         refits[group][name] = weight
     return refits
+
+
+def _is_vector(key: str) -> bool:
+    return key.rpartition(".")[2] not in MATRICES
+
+
+def read_kept_refits(path: Path, alphas: list[Alphas], num_positions: int) -> KeptRefits:
+    """Read the refits of layers in no group from repair.safetensors; none for other alphas.
+
+    Raises:
+        ValueError: One line when an entry is not a tensor of one of the layers.
+    """
+    tensors, metadata = read_tensors(path)
+    kept: KeptRefits = {}
+    if metadata.get("alphas") != alphas_fingerprint(alphas):
+        return kept
+    places = {f"kept.{i}.{name}": (i, name) for i in range(num_positions) for name in PATHS}
+    for key, weight in tensors.items():
+        if not key.startswith("kept."):
+            continue
+        if key not in places or weight.ndim != (1 if _is_vector(key) else 2):
+            raise ValueError(
+                f"{path} must hold tensors of the {num_positions} layers, such as "
+                f"'kept.0.down_proj', got {key!r} of shape {list(weight.shape)}. Repair again."
+            )
+        position, name = places[key]
+        kept.setdefault(position, {})[name] = weight
+    return kept
+
+
+def _add_refits(state: RunState, path: Path) -> None:
+    if state.alphas is not None and path.is_file():
+        state.refits = read_refits(path, state.alphas)
+        num_positions = state.plan.num_layers - state.plan.num_removed
+        state.kept_refits = read_kept_refits(path, state.alphas, num_positions)
 
 
 def read_run(run_dir: Path) -> RunState:
@@ -261,8 +308,7 @@ def read_run(run_dir: Path) -> RunState:
         state.orders = read_orders(run_dir / "orders.safetensors")
     if (run_dir / "alphas.json").is_file():
         state.alphas = read_alphas(run_dir / "alphas.json", state.plan)
-        if (run_dir / "repair.safetensors").is_file():
-            state.refits = read_refits(run_dir / "repair.safetensors", state.alphas)
+        _add_refits(state, run_dir / "repair.safetensors")
     return state
 
 
@@ -293,7 +339,5 @@ def read_checkpoint(path: Path) -> RunState:
 
 def with_refits_of(run_dir: Path, state: RunState) -> RunState:
     """Return the state with the run folder's repair, where that belongs to the same alphas."""
-    path = run_dir / "repair.safetensors"
-    if state.alphas is not None and path.is_file():
-        state.refits = read_refits(path, state.alphas)
+    _add_refits(state, run_dir / "repair.safetensors")
     return state

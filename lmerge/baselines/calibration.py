@@ -10,16 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lmerge.llama import (
-    decoder_layers,
-    embed,
-    num_layers,
-    run_span,
-    span,
-    with_layer_index,
-    with_layers,
-)
-from lmerge.progress import track
+from lmerge.block_refits import layer_inputs
+from lmerge.llama import decoder_layers, num_layers, with_layer_index, with_layers
 
 
 class Shallow(NamedTuple):
@@ -51,23 +43,10 @@ class Calibration:
         return num_layers(self.source)
 
     @cached_property
+    @torch.no_grad()
     def states(self) -> list[Tensor]:
         """The input of every layer and the output of the last, (B, T, D) each, on the CPU."""
         return layer_inputs(self.source, self.token_BT)
-
-
-@torch.no_grad()
-def layer_inputs(model: PreTrainedModel, token_BT: Tensor) -> list[Tensor]:
-    """Return the input of every layer of a model and the output of its last, on the CPU."""
-    batches = token_BT.split(4)
-    embedded = [embed(model, t_BT.to(model.device)).cpu() for t_BT in batches]
-    states = [torch.cat(embedded)]
-    layers = range(num_layers(model))
-    for layer in track(layers, "baseline states", total=len(layers)):
-        one = span(model, layer, layer + 1)
-        parts = [run_span(one, s.to(model.device)).cpu() for s in states[-1].split(4)]
-        states.append(torch.cat(parts))
-    return states
 
 
 def keep_layers(source: PreTrainedModel, kept: Sequence[int]) -> Shallow:

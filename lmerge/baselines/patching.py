@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,9 +10,10 @@ import torch.nn.functional as F
 from scipy.linalg import hadamard
 from torch import Tensor, nn
 
-from lmerge.baselines.calibration import Calibration, Shallow, keep_layers, layer_inputs, without
+from lmerge.baselines.calibration import Calibration, Shallow, keep_layers, without
 from lmerge.baselines.dropping import block_influences
 from lmerge.baselines.merging import check_changed, replace_layer
+from lmerge.block_refits import layer_inputs
 from lmerge.llama import decoder_layers, layer_tensors, run_span, span, with_layers
 from lmerge.progress import track
 
@@ -79,6 +81,7 @@ def linear_patch(data: Calibration, num_removed: int) -> Shallow:
     return Shallow(with_layers(shorter.model, layers, range(len(layers))), shorter.kept)
 
 
+@torch.no_grad()
 def prune_and_compensate(data: Calibration, num_removed: int) -> Shallow:
     """Remove one layer at a time and undo the change of scale (Prune&Comp, arXiv:2507.18212).
 
@@ -140,14 +143,13 @@ def hadamard_matrix(order: int) -> Tensor:
             f"`linear_patch` knows no Hadamard matrix for the hidden width {order} of this model. "
             "Leave this baseline out."
         )
-    return found / order**0.5
+    return found / math.sqrt(order)
 
 
 def _hadamard(order: int) -> Tensor | None:
     """Return a matrix of +-1 with orthogonal rows."""
     if order & (order - 1) == 0:
-        sylvester: Tensor = torch.from_numpy(hadamard(order)).double()
-        return sylvester
+        return torch.tensor(hadamard(order), dtype=torch.float64)
     for factor in range(12, order + 1, 4):
         if order % factor == 0 and _is_prime(factor - 1):
             rest = _hadamard(order // factor)
