@@ -279,6 +279,7 @@ def _quiet() -> None:
 
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "compare": ("lmerge.compare", "compare"),
     "similarity": ("lmerge.similarity_study", "run_similarity"),
     "sweep": ("lmerge.sweep", "sweep"),
     "diff": ("lmerge.diff", "diff"),

@@ -57,9 +57,9 @@ class MMLUDataModule(LightningDataModule):
         num_shots: Answered examples before each question; at least 0.
         scorings: How questions are scored: letter (name the letter) and cloze (most likely text).
         calibration_text: Prose to calibrate on beside the questions: `bank`, a .txt file, a .jsonl
-            file with `text`, or null for none.
+            file with `text`, a list of these, or null for none.
         eval_text: Prose to measure perplexity on: `bank`, a .txt file, a .jsonl file with `text`,
-            or null for none.
+            a list of these, or null for none.
         block_size: Tokens in a block of text; at least 2, at most the model's context.
         num_calibration_tokens: Tokens to calibrate on; at least `block_size`.
         holdout: Share of the calibration blocks that are never trained on, but choose the
@@ -82,8 +82,8 @@ class MMLUDataModule(LightningDataModule):
         extra_domains: dict[str, list[str]] | None = None,
         num_shots: int = 5,
         scorings: list[Scoring] = SCORINGS,
-        calibration_text: str | None = "bank",
-        eval_text: str | None = "bank",
+        calibration_text: str | list[str] | None = "bank",
+        eval_text: str | list[str] | None = "bank",
         block_size: int = 256,
         num_calibration_tokens: int = 16_384,
         holdout: float = 0.15,

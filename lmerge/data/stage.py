@@ -50,8 +50,8 @@ def read_stage(
     languages: Sequence[str],
     num_shots: int,
     max_questions: int | None,
-    calibration_text: str | None,
-    eval_text: str | None,
+    calibration_text: str | Sequence[str] | None,
+    eval_text: str | Sequence[str] | None,
 ) -> StageData:
     """Read and check what a stage needs; the arguments are those of `MMLUDataModule`.
 

@@ -18,17 +18,20 @@ from lmerge.data.tokens import encode
 
 
 def read_texts(
-    source: str | None, languages: Sequence[str], *, split: Literal["val", "test"]
+    source: str | Sequence[str] | None, languages: Sequence[str], *, split: Literal["val", "test"]
 ) -> dict[str, str]:
     """Return texts by name: one per language from the bank, or the user's file under its stem.
 
     Args:
-        source: `bank`, a `.txt` or `.jsonl` file, or None for no text.
+        source: `bank`, a `.txt` or `.jsonl` file, several of these, or None for no text.
         languages: ISO 639-1 codes; a user's file is read once, whatever they are.
         split: Which of the bundled texts: `val` to calibrate on, `test` to measure on.
     """
     if source is None:
         return {}
+    if not isinstance(source, str):
+        found = [read_texts(one, languages, split=split) for one in source]
+        return {name: text for texts in found for name, text in texts.items()}
     if source == "bank":
         return {language: read_text(source, language, split=split) for language in languages}
     return {Path(source).stem: read_text(source)}
