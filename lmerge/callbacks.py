@@ -24,6 +24,7 @@ from lmerge.align import (
     matrix_similarity,
     move,
 )
+from lmerge.compose import repair
 from lmerge.cost import measure_costs
 from lmerge.data.tokens import encode
 from lmerge.export import export_model, model_card, verify_export, write_card
@@ -48,8 +49,7 @@ from lmerge.merged import members_in_one_frame
 from lmerge.module import AlphaModule
 from lmerge.plan import Group
 from lmerge.progress import track
-from lmerge.refine import refine_layers
-from lmerge.repair import RepairConfig, refit_groups
+from lmerge.repair import RepairConfig
 from lmerge.results import Row, print_table, table_rows, write_metrics
 from lmerge.runs import (
     alignment_key,
@@ -202,11 +202,7 @@ class Repair(Callback):
 def repair_and_heal(module: AlphaModule, config: RepairConfig, healing: HealConfig) -> None:
     """Refit the merged model of a module to the source, then train what `healing` names."""
     cache, held_B, merged = module.cache(), module.data().held_out(), module.merged
-    if config.method == "deep":
-        num_after = config.num_after
-        refine_layers(module.source, merged, cache.prefix_BTD, held_B, num_after=num_after)
-    else:
-        refit_groups(module.source, merged, cache.prefix_BTD, held_B, config)
+    repair(module.source, merged, cache, held_B, config)
     heal(module.source, merged, cache, held_B, healing, seed=module.seed)
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from lmerge.baselines.calibration import Calibration
 from lmerge.baselines.table import make_baseline
 from lmerge.compare_table import write_tables
-from lmerge.compose import MethodConfig, Planner, compose
+from lmerge.compose import Composer, MethodConfig, Planner
 from lmerge.data.batching import held_blocks
 from lmerge.data.module import MMLUDataModule
 from lmerge.data.prompts import calibration_text as question_text
@@ -170,6 +170,7 @@ class Bench:
         self._baseline: Calibration | None = None
         self._yardstick: Yardstick | None = None
         self._planner: Planner | None = None
+        self._composer: Composer | None = None
 
     def path(self, method: MethodConfig, num_removed: int) -> Path:
         """Return where a cell is kept: its name tells what it depends on."""
@@ -217,9 +218,11 @@ class Bench:
                 )
             shallow = make_baseline(method.baseline, self._baseline, num_removed)
             return shallow.model, list(shallow.kept)
+        if self._composer is None:
+            self._composer = Composer(self.source, token_BT, held_B, seed=self.seed)
         groups = self.planner().groups(method.plan_method, num_removed)
         self._save_costs()
-        merged = compose(self.source, groups, token_BT, held_B, method, seed=self.seed)
+        merged = self._composer.compose(groups, method)
         return merged.plain(), [list(group.members) for group in groups]
 
     def calibration(self) -> tuple[Tensor, Tensor, dict[str, str]]:

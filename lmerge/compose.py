@@ -9,13 +9,14 @@ from transformers import PreTrainedModel
 
 from lmerge.alphas import AlphaConfig
 from lmerge.baselines.table import Baseline
-from lmerge.cache import cache_states
+from lmerge.cache import StateCache, cache_states
 from lmerge.heal import HealConfig, heal
 from lmerge.llama import num_layers
 from lmerge.merged import MergedLlama
 from lmerge.plan import Group, MergePlan
 from lmerge.refine import refine_layers
 from lmerge.repair import RepairConfig, refit_groups
+from lmerge.runs import KeptRefits, Refits
 from lmerge.search import Costs, GroupSearch, SearchMethod, repaired_blocks, search_part
 
 
@@ -82,34 +83,56 @@ class Planner:
         return self._search.plans(self.costs, num_removed)[0].groups
 
 
-def compose(
-    source: PreTrainedModel,
-    groups: tuple[Group, ...],
-    token_BT: Tensor,
-    held_B: Tensor,
-    method: MethodConfig,
-    *,
-    seed: int,
-) -> MergedLlama:
-    """Return the merged model of a plan after its repair and healing.
-
-    It is what `lmerge fit` gives with the same plan, `alpha.start` anchor and no training steps.
+class Composer:
+    """Merged models of plans after their repair and healing; the last repair is kept.
 
     Args:
         source: The source model.
-        groups: Layers that become one.
         token_BT: Calibration blocks.
         held_B: Which of them are held out (bool).
-        method: Repair and healing.
         seed: Seed of the healing.
     """
-    plan = MergePlan(num_layers=num_layers(source), groups=groups, method=method.plan_method)
-    merged = MergedLlama(source, plan, {}, AlphaConfig(granularity="tensor"))
-    cache = cache_states(source, token_BT, merged.first_merged)
-    if method.repair.method == "deep":
-        num_after = method.repair.num_after
+
+    def __init__(
+        self, source: PreTrainedModel, token_BT: Tensor, held_B: Tensor, *, seed: int
+    ) -> None:
+        self.source, self.token_BT, self.held_B, self.seed = source, token_BT, held_B, seed
+        self._last: tuple[MergePlan, RepairConfig] | None = None
+        self._repaired: tuple[Refits, KeptRefits, StateCache] | None = None
+
+    def compose(self, groups: tuple[Group, ...], method: MethodConfig) -> MergedLlama:
+        """Return the merged model of a plan after its repair and healing.
+
+        It is what `lmerge fit` gives with the same plan, `alpha.start` anchor and no training
+        steps.
+        """
+        depth = num_layers(self.source)
+        plan = MergePlan(num_layers=depth, groups=groups, method=method.plan_method)
+        merged = MergedLlama(self.source, plan, {}, AlphaConfig(granularity="tensor"))
+        if self._last == (plan, method.repair) and self._repaired is not None:
+            refits, kept, cache = self._repaired
+            merged.set_refits(refits)
+            for position, tensors in kept.items():
+                merged.refit_layer(position, tensors)
+        else:
+            cache = cache_states(self.source, self.token_BT, merged.first_merged)
+            repair(self.source, merged, cache, self.held_B, method.repair)
+            self._last = (plan, method.repair)
+            self._repaired = (merged.refits(), dict(merged.kept_refits), cache)
+        heal(self.source, merged, cache, self.held_B, method.heal, seed=self.seed)
+        return merged
+
+
+def repair(
+    source: PreTrainedModel,
+    merged: MergedLlama,
+    cache: StateCache,
+    held_B: Tensor,
+    config: RepairConfig,
+) -> None:
+    """Refit a merged model in closed form, by the configured method; it is changed in place."""
+    if config.method == "deep":
+        num_after = config.num_after
         refine_layers(source, merged, cache.prefix_BTD, held_B, num_after=num_after)
     else:
-        refit_groups(source, merged, cache.prefix_BTD, held_B, method.repair)
-    heal(source, merged, cache, held_B, method.heal, seed=seed)
-    return merged
+        refit_groups(source, merged, cache.prefix_BTD, held_B, config)

@@ -11,7 +11,7 @@ from lmerge.alphas import AlphaConfig
 from lmerge.cache import cache_states
 from lmerge.compare import CompareData, compare
 from lmerge.compare_table import best_baseline, held_out_loss
-from lmerge.compose import MethodConfig, Planner, compose
+from lmerge.compose import Composer, MethodConfig, Planner
 from lmerge.data.text import block_batches
 from lmerge.heal import HealConfig
 from lmerge.merged import MergedLlama
@@ -140,7 +140,7 @@ def test_a_composition_is_its_steps_one_after_the_other() -> None:
     held_B = torch.arange(24) % 4 == 3
     plan = plan_of([1, 2])
     method = MethodConfig(name="deep", repair=DEEP)
-    composed = compose(source, plan.groups, token_BT, held_B, method, seed=0)
+    composed = Composer(source, token_BT, held_B, seed=0).compose(plan.groups, method)
     merged = MergedLlama(source, plan, {}, AlphaConfig())
     prefix_BTD = cache_states(source, token_BT, 1).prefix_BTD
     refine_layers(source, merged, prefix_BTD, held_B, num_after=1)
@@ -155,3 +155,15 @@ def test_known_costs_spare_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
     second = Planner(source, token_BT, held_B, costs=first.costs, most_removed=2)
     monkeypatch.setattr("lmerge.search.GroupSearch.costs", lambda *_: pytest.fail("searched"))
     assert [second.groups("groups_repaired", n) for n in (1, 2)] == groups
+
+
+def test_a_repair_that_is_kept_is_the_repair_computed_again() -> None:
+    source, token_BT = tiny_model(), torch.randint(0, 256, (24, 32))
+    held_B, groups = torch.arange(24) % 4 == 3, plan_of([1, 2]).groups
+    healed = MethodConfig(name="healed", repair=DEEP, heal=HEAL)
+    kept = Composer(source, token_BT, held_B, seed=0)
+    kept.compose(groups, MethodConfig(name="deep", repair=DEEP))
+    for _ in range(2):  # healing must not change what is kept
+        found = kept.compose(groups, healed)
+        wanted = Composer(source, token_BT, held_B, seed=0).compose(groups, healed)
+        torch.testing.assert_close(logits(found.causal_lm), logits(wanted.causal_lm))
