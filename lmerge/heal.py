@@ -19,11 +19,13 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from lmerge.cache import StateCache
+from lmerge.divergence import exact_kl, head_kl
 from lmerge.llama import (
     MATRICES,
     LayerTensors,
     by_path,
     decoder_layers,
+    head_weight,
     layer_tensors,
     lm_logits,
     num_layers,
@@ -31,7 +33,6 @@ from lmerge.llama import (
     span,
     with_layers,
 )
-from lmerge.losses import exact_kl
 from lmerge.merged import MergedLlama
 from lmerge.progress import track
 
@@ -261,11 +262,14 @@ def _kl(
 ) -> Tensor:
     device = source.device
     states_BTD = run_span(suffix, cache.prefix_BTD[chosen_B].to(device))
-    merged_BPV = lm_logits(source, states_BTD[:, place_P.to(device)])
+    merged_ND = states_BTD[:, place_P.to(device)].flatten(0, 1)
+    final_ND = cache.final_BTD[chosen_B][:, place_P].to(device).flatten(0, 1)
+    head_VD = head_weight(source)
+    if head_VD is not None:
+        return head_kl(merged_ND, final_ND, head_VD)
     with torch.no_grad():
-        final_BPD = cache.final_BTD[chosen_B][:, place_P].to(device)
-        source_BPV = lm_logits(source, final_BPD)
-    return exact_kl(source_BPV, merged_BPV)
+        source_NV = lm_logits(source, final_ND)
+    return exact_kl(source_NV, lm_logits(source, merged_ND))
 
 
 @torch.no_grad()
