@@ -8,8 +8,9 @@ from models import logits, plan_of
 
 from lmerge import compare as module
 from lmerge.alphas import AlphaConfig
+from lmerge.bench import CompareData
 from lmerge.cache import cache_states
-from lmerge.compare import CompareData, compare
+from lmerge.compare import compare
 from lmerge.compare_table import best_baseline, held_out_loss
 from lmerge.compose import Composer, MethodConfig, Planner
 from lmerge.data.text import block_batches

@@ -74,6 +74,7 @@ ORDER = (
     "gate",
     "diff",
     "yardstick",
+    "bench",
     "figures",
     "compare_table",
     "compare",
