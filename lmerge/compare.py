@@ -23,6 +23,7 @@ def compare(
     budgets: list[int] = [3, 6, 10],  # noqa: B006 - jsonargparse shows it as the default
     data: CompareData = CompareData(),  # noqa: B008 - frozen
     run_dir: Path = Path("runs/compare"),
+    only: list[str] | None = None,
     max_minutes: float | None = None,
     seed: int = 0,
 ) -> None:
@@ -37,16 +38,21 @@ def compare(
         budgets: Layers to remove.
         data: What is calibrated and measured on.
         run_dir: Folder of cells, tables and figure.
+        only: Names of the rows to compute in this call; null for all. The tables show all there are.
         max_minutes: No new cell starts after this many minutes; null for no limit.
         seed: Seed of whatever a method draws.
     """
-    _check(methods, budgets)
+    _check(methods, budgets, only)
     start = time.monotonic()
     bench = Bench(load_model(source), source, data, run_dir, seed, most_removed=max(budgets))
     for num_removed in budgets:
         check_num_removed(num_removed, num_layers(bench.source))
     wanted = [(method, n) for n in budgets for method in methods]
-    missing = [(method, n) for method, n in wanted if not bench.has(method, n)]
+    missing = [
+        (method, n)
+        for method, n in wanted
+        if not bench.has(method, n) and (only is None or method.title in only)
+    ]
     logger.info("%d of %d cells are to be computed", len(missing), len(wanted))
     for done, (method, num_removed) in enumerate(missing):
         minutes = (time.monotonic() - start) / 60
@@ -62,7 +68,9 @@ def compare(
         write_tables(run_dir, cells, [method.title for method in methods])
 
 
-def _check(methods: Sequence[MethodConfig], budgets: Sequence[int]) -> None:
+def _check(
+    methods: Sequence[MethodConfig], budgets: Sequence[int], only: Sequence[str] | None
+) -> None:
     titles = [method.title for method in methods]
     repeated = [title for title in titles if titles.count(title) > 1]
     if repeated or not methods:
@@ -72,3 +80,6 @@ def _check(methods: Sequence[MethodConfig], budgets: Sequence[int]) -> None:
         )
     if not budgets or min(budgets) < 1:
         raise ValueError(f"`budgets` must be numbers of layers of at least 1, got {budgets}.")
+    unknown = set(only or ()) - set(titles)
+    if unknown:
+        raise ValueError(f"`only` must name some of {', '.join(titles)}, got {min(unknown)!r}.")

@@ -32,6 +32,7 @@ from lmerge.llama import (
     run_span,
     span,
     with_layers,
+    with_matrices,
 )
 from lmerge.merged import MergedLlama
 from lmerge.progress import track
@@ -80,35 +81,58 @@ class Healed(NamedTuple):
     """Whether the change was kept: it is dropped where the held-out KL did not fall."""
 
 
-class ScaledLayer(nn.Module):
-    """A decoder layer with a factor for each row and each column of its matrices.
+class ScaledLinear(nn.Module):
+    """A matrix with a factor for each row and each column, applied to its output and input.
+
+    That is the same as scaling the matrix, without a gradient of its size.
 
     Args:
-        template: The decoder layer; its code runs.
+        linear: The matrix, frozen.
+    """
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+        weight: Tensor = linear.weight  # type: ignore[assignment]
+        self.row = nn.Parameter(_zeros(weight, 0))
+        self.column = nn.Parameter(_zeros(weight, 1))
+
+    def weight(self) -> Tensor:
+        """Return the scaled matrix."""
+        weight: Tensor = self.linear.weight  # type: ignore[assignment]
+        return (weight.float() * (1 + self.row)[:, None] * (1 + self.column)).to(weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight: Tensor = self.linear.weight  # type: ignore[assignment]
+        bias: Tensor | None = self.linear.bias  # type: ignore[assignment]
+        output = nn.functional.linear(x * (1 + self.column).to(x.dtype), weight)
+        output = output * (1 + self.row).to(x.dtype)
+        return output if bias is None else output + bias
+
+
+class ScaledLayer(nn.Module):
+    """A decoder layer whose seven matrices are `ScaledLinear`.
+
+    Args:
+        template: The decoder layer; it is left as it is.
     """
 
     def __init__(self, template: nn.Module) -> None:
         super().__init__()
-        self.template = template
-        base = layer_tensors(template)
-        self.row = nn.ParameterDict({n: nn.Parameter(_zeros(base[n], 0)) for n in MATRICES})
-        self.column = nn.ParameterDict({n: nn.Parameter(_zeros(base[n], 1)) for n in MATRICES})
+        self.base = layer_tensors(template)
+        self.scaled = nn.ModuleDict()
+        self.inner = with_matrices(template, self._wrap)
+
+    def _wrap(self, name: str, matrix: nn.Module) -> nn.Module:
+        self.scaled[name] = ScaledLinear(matrix)
+        return self.scaled[name]
 
     def tensors(self) -> LayerTensors:
         """Return the tensors that the layer has now."""
-        base = layer_tensors(self.template)
-        scaled = {
-            name: (base[name].float() * (1 + self.row[name])[:, None] * (1 + self.column[name])).to(
-                base[name].dtype
-            )
-            for name in MATRICES
-        }
-        return {**base, **scaled}
+        return {**self.base, **{name: self.scaled[name].weight() for name in MATRICES}}
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return functional_call(
-            self.template, by_path(self.tensors()), (hidden_states, *args), kwargs
-        )
+        return self.inner(hidden_states, *args, **kwargs)
 
 
 class FreeLayer(nn.Module):

@@ -7,7 +7,7 @@ an alpha moves. A layer is handled as `LayerTensors`: a dict from the short name
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple, TypeVar
 
@@ -167,6 +167,23 @@ def with_tensors(layer: ModuleT, tensors: LayerTensors) -> ModuleT:
             module._modules[name] = child
             module = child
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    return clone
+
+
+def with_matrices(layer: ModuleT, wrap: Callable[[str, nn.Module], nn.Module]) -> ModuleT:
+    """Return a layer whose seven matrices are other modules; the old layer is untouched.
+
+    Args:
+        layer: A decoder layer.
+        wrap: From a matrix's short name and its module to the module in its place.
+    """
+    clone = shallow_copy(layer)
+    for name in MATRICES:
+        parent, leaf = PATHS[name].removesuffix(".weight").split(".")
+        if clone._modules[parent] is layer._modules[parent]:
+            clone._modules[parent] = shallow_copy(layer.get_submodule(parent))
+        matrix = layer.get_submodule(f"{parent}.{leaf}")
+        clone.get_submodule(parent)._modules[leaf] = wrap(name, matrix)
     return clone
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -16,7 +16,6 @@ from lmerge.information import InformationConfig
 from lmerge.plan import Group
 from lmerge.progress import track
 from lmerge.search import search_plan
-from lmerge.similarity import Measure
 from lmerge.transfer import (
     MIXED,
     Rule,
@@ -99,8 +98,7 @@ class Study:
             self._states = {  # those of one text at a time
                 name: layer_states(self.source, self.texts[name].prompts, pooling=self.pooling)
             }
-        measure = cast(Measure, rule)
-        return similar_group(self._states[name], measure, num_removed, self.information)
+        return similar_group(self._states[name], rule, num_removed, self.information)
 
     def measure(self) -> None:
         """Measure the source and every refitted model on all domains, lowest blocks first.

@@ -109,6 +109,13 @@ def test_the_best_baseline_is_no_composition_of_ours(finished: Path) -> None:
     assert held_out_loss(best) == min(map(held_out_loss, others))
 
 
+def test_a_call_may_compute_some_rows_alone(tiny_dir: Path, tmp_path: Path) -> None:
+    run(tiny_dir, tmp_path, METHODS[2:], only=["replaceme"])
+    assert [cell["method"] for cell in cells(tmp_path)] == ["replaceme", "replaceme"]
+    with pytest.raises(ValueError, match="`only` must name some of last, replaceme, got 'laco'"):
+        run(tiny_dir, tmp_path, METHODS[2:], only=["laco"])
+
+
 @pytest.mark.parametrize("methods", [[], [METHODS[2], METHODS[2]]])
 def test_bad_rows_are_refused(methods: list[MethodConfig], tiny_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one row and different names"):

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from lmerge.alphas import AlphaConfig
 from lmerge.cache import StateCache, cache_states
-from lmerge.heal import HealConfig, HealMethod, heal, held_kl
-from lmerge.llama import decoder_layers, num_layers, span
+from lmerge.heal import HealConfig, HealMethod, ScaledLayer, heal, held_kl
+from lmerge.llama import decoder_layers, num_layers, span, with_layers, with_tensors
 from lmerge.merged import MergedLlama
 
 PLAN = plan_of([1, 2])
@@ -117,3 +117,21 @@ def test_healing_runs_in_bfloat16() -> None:
 def test_impossible_options_are_refused(changes: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must be"):
         config("scales", **changes)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-biases", "qwen3"])
+def test_scaled_activations_are_a_scaled_matrix(name: str) -> None:
+    source = tiny_variant(name).requires_grad_(False)
+    scaled = ScaledLayer(decoder_layers(source)[1])
+    before = weights(source)
+    with torch.no_grad():
+        for parameter in scaled.parameters():
+            if parameter.requires_grad:
+                parameter.uniform_(-0.3, 0.3)
+        layers = list(decoder_layers(source))
+        by_activations = with_layers(source, [layers[0], scaled, *layers[2:]], range(4))
+        formed = with_tensors(layers[1], scaled.tensors())
+        by_weights = with_layers(source, [layers[0], formed, *layers[2:]], range(4))
+        torch.testing.assert_close(logits(by_activations), logits(by_weights), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(logits(by_weights), logits(source))
+    assert same(before, weights(source))
