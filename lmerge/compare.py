@@ -38,7 +38,7 @@ def compare(
         budgets: Layers to remove.
         data: What is calibrated and measured on.
         run_dir: Folder of cells, tables and figure.
-        only: Names of the rows to compute in this call; null for all. The tables show all there are.
+        only: Names of the rows to compute now; null for all. The tables show all there are.
         max_minutes: No new cell starts after this many minutes; null for no limit.
         seed: Seed of whatever a method draws.
     """
