@@ -96,7 +96,7 @@ class Budget:
                 num_fit_tokens=1536,
                 num_held_tokens=512,
             )
-            plan = MergePlan(num_layers=num_layers(source), groups=(found[0].group,))
+            plan = MergePlan(num_layers=num_layers(source), groups=found[0].groups)
             write_plan(self.folder, plan)
         return read_plan(path)
 

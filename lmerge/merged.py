@@ -183,6 +183,7 @@ class MergedLlama(nn.Module):
         assert plan.num_layers == num_layers(source)
         source.requires_grad_(False)
         self.plan = plan
+        self.kept_refits: dict[int, LayerTensors] = {}
         groups = {group.anchor: group for group in plan.groups}
         layers = []
         for index, origin in enumerate(plan.origins()):
@@ -226,6 +227,24 @@ class MergedLlama(nn.Module):
         for layer, group in zip(self.merged_layers(), refits, strict=True):
             for name, weight in group.items():
                 layer.refit(name, weight)
+
+    def refit_layer(self, position: int, tensors: LayerTensors) -> None:
+        """Put refitted tensors in the place of those of any layer; the source is untouched.
+
+        Args:
+            position: Index of the layer in the merged model.
+            tensors: The new tensors by short name; the others stay.
+        """
+        layers = decoder_layers(self.causal_lm)
+        layer = layers[position]
+        if isinstance(layer, MergedLayer):
+            for name, tensor in tensors.items():
+                layer.refit(name, tensor)
+            return
+        old = layer_tensors(layer)
+        new = {name: tensor.detach().to(old[name]) for name, tensor in tensors.items()}
+        layers[position] = with_tensors(layer, {**old, **new})
+        self.kept_refits[position] = {**self.kept_refits.get(position, {}), **new}
 
     @property
     def first_merged(self) -> int:

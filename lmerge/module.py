@@ -22,7 +22,13 @@ from lmerge.llama import num_layers
 from lmerge.losses import LossConfig, letter_prompts
 from lmerge.merged import MergedLlama
 from lmerge.objective import Objective
-from lmerge.plan import MergePlan, PlanMethod, check_num_removed, check_plan
+from lmerge.plan import (
+    MergePlan,
+    PlanMethod,
+    check_num_removed,
+    check_plan,
+    layers_of_budget,
+)
 from lmerge.preparation import (
     alphas_of_file,
     check_fits,
@@ -46,9 +52,11 @@ class AlphaModule(SideBySide):
     Args:
         source: Model to compress: hub id, local folder, GGUF file or the alias `smollm2-135m`.
         num_removed: Layers to remove; from 0 to the number of layers minus 1.
+        budget: Share of the layers to remove, such as 20%; it takes the place of `num_removed`.
         plan: A plan.json that replaces the similarity and plan stages.
         plan_method: How the layers to merge are chosen: `block` (most similar ends), `tail` (the
-            last layers, as MKA released it) or `block_repaired` (least KL after a refit).
+            last layers, as MKA released it), `block_repaired` (the block of least KL after a refit)
+            or `groups_repaired` (one or several groups of least KL after a refit).
         measure: Layer similarity that the plan is made on.
         information: Options of the measures `npib`, `gaussian_nmi` and `gaussian_nmi_bounded`.
         pooling: Which token's state stands for a calibration prompt.
@@ -72,6 +80,7 @@ class AlphaModule(SideBySide):
         self,
         source: str = "smollm2-135m",
         num_removed: int = 3,
+        budget: str | None = None,
         plan: str | None = None,
         plan_method: PlanMethod | SearchMethod = "block_repaired",
         measure: Measure = "angular",
@@ -95,6 +104,7 @@ class AlphaModule(SideBySide):
             raise ValueError(f"`cache_memory` must be at least 0 GiB, got {cache_memory}. Try 8.")
         self.source_name = source
         self.num_removed = num_removed
+        self.budget = budget
         self.plan_path = Path(plan) if plan else None
         self.plan_method = plan_method
         self.measure = measure
@@ -132,6 +142,8 @@ class AlphaModule(SideBySide):
         """
         self.source = load_model(self.source_name, self.dtype_name)
         depth, fingerprint = num_layers(self.source), model_fingerprint(self.source)
+        if self.budget is not None:
+            self.num_removed = layers_of_budget(self.budget, depth)
         self.state = saved_state(stage, ckpt_path, run_dir=self.run_dir, plan_path=self.plan_path)
         if self.state is not None:
             check_plan(self.state.plan, depth, fingerprint, self.plan_path or self.run_dir)
@@ -204,6 +216,8 @@ class AlphaModule(SideBySide):
             self.merged.set_alphas(state.alphas)
         if state.refits is not None:
             self.merged.set_refits(state.refits)
+        for position, tensors in state.kept_refits.items():
+            self.merged.refit_layer(position, tensors)
         if self.device_mesh is not None:
             held = shard_layers(self.source, self.merged, self.device_mesh)
             if self.trainer.is_global_zero:

@@ -61,7 +61,7 @@ class MMLUDataModule(LightningDataModule):
         num_shots: Answered examples before each question; at least 0.
         scorings: How questions are scored: letter (name the letter) and cloze (most likely text).
         calibration_text: Prose to calibrate on beside the questions: `bank`, a .txt file, a .jsonl
-            file with `text`, or null for none.
+            file with `text`, a list of these, or null for none.
         eval_text: Prose to measure perplexity on: `bank`, a .txt file, a .jsonl file with `text`,
             several of these, or null for none. A file's results go by its name without ending.
         stride: Tokens from one block's start to the next where perplexity is measured; below
@@ -91,7 +91,7 @@ class MMLUDataModule(LightningDataModule):
         extra_domains: dict[str, list[str]] | None = None,
         num_shots: int = 5,
         scorings: list[Scoring] = SCORINGS,
-        calibration_text: str | None = "bank",
+        calibration_text: str | list[str] | None = "bank",
         eval_text: str | list[str] | None = "bank",
         stride: int | None = None,
         last_word: str | list[str] | None = None,

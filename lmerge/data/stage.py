@@ -55,7 +55,7 @@ def read_stage(
     languages: Sequence[str],
     num_shots: int,
     max_questions: int | None,
-    calibration_text: str | None,
+    calibration_text: str | Sequence[str] | None,
     eval_text: str | Sequence[str] | None,
     last_word: str | Sequence[str] | None,
 ) -> StageData:
