@@ -256,6 +256,7 @@ def _quiet() -> None:
 COMMANDS: dict[str, tuple[str, str]] = {
     "similarity": ("lmerge.similarity_study", "run_similarity"),
     "sweep": ("lmerge.sweep", "sweep"),
+    "export": ("lmerge.export_run", "export"),
     "diff": ("lmerge.diff", "diff"),
 }
 """Commands beside fit, validate and test: name -> (module, function), imported when called.

@@ -74,7 +74,7 @@ def read_json(path: Path, *, schema: int) -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file; its folder is made where missing."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -86,7 +86,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         tensors: Any device and layout; tensors that share memory are stored separately.
         metadata: Strings only, as the format has it.
     """
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         mode = temporary.stat().st_mode
         # Copies, since safetensors refuses tensors that share memory.
         copies = {
@@ -236,8 +236,12 @@ def _unreadable(path: Path, error: OSError) -> str:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary file that replaces `path` when the block ends without an error."""
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary file that replaces `path` when the block ends without an error.
+
+    Raises:
+        ValueError: One line where `path` cannot be written.
+    """
     temporary = _sibling(path, "tmp")
     with writing(path):
         try:
