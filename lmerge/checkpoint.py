@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from lmerge.files import atomic_folder, one_line
+from lmerge.files import one_line
+from lmerge.folders import atomic_folder
 from lmerge.llama import SUPPORTED
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from lmerge.checkpoint import QUIET_BYTES, loading, quiet
-from lmerge.files import atomic_folder, write_text, writing
+from lmerge.files import write_text, writing
+from lmerge.folders import atomic_folder
 from lmerge.llama import decoder_layers, num_layers, shallow_copy
 from lmerge.source import ALIASES, HUB_ID
 

@@ -11,7 +11,6 @@ import math
 import os
 import platform
 import secrets
-import shutil
 import subprocess
 import textwrap
 from collections import Counter
@@ -116,33 +115,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 @contextmanager
-def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty folder that becomes `path` when the block ends without an error.
-
-    An error removes it and leaves `path` as it was. With `overwrite` the old folder is moved aside,
-    the new one moved in, and only then the old one deleted; a process killed between the two moves
-    leaves the old folder beside its place, as `.NAME.TOKEN.old`.
-
-    Raises:
-        ValueError: If `path` exists and may not be replaced, or cannot be written.
-    """
-    target = path.expanduser().resolve()
-    _check_replaceable(path, target, overwrite=overwrite)
-    temporary = _sibling(target, "tmp")
-    try:
-        with writing(path):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary.mkdir()
-        yield temporary
-        with writing(path):
-            for file_path in filter(Path.is_file, temporary.rglob("*")):
-                _sync(file_path)
-            _move_in(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn what goes wrong while `path` is written into one line."""
     try:
@@ -242,53 +214,28 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         ValueError: One line where `path` cannot be written.
     """
-    temporary = _sibling(path, "tmp")
+    temporary = sibling(path, "tmp")
     with writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.touch(exist_ok=False)
             yield temporary
-            _sync(temporary)
+            sync(temporary)
             os.replace(temporary, path)
         finally:
             if temporary.exists():
                 temporary.unlink()
 
 
-def _sibling(path: Path, kind: str) -> Path:
+def sibling(path: Path, kind: str) -> Path:
+    """Return a path beside `path` that nobody else uses."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}")
 
 
-def _sync(file_path: Path) -> None:
+def sync(file_path: Path) -> None:
+    """Wait until a file is on the disk."""
     with file_path.open("rb+") as file:
         os.fsync(file.fileno())
-
-
-def _check_replaceable(path: Path, target: Path, *, overwrite: bool) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise ValueError(f"{path} must be a folder or free, got a file. Choose another path.")
-    if not overwrite:
-        raise ValueError(f"{path} already exists. Choose another path, or allow overwriting it.")
-    here = Path.cwd()
-    if target == Path.home() or target == here or target in here.parents:
-        raise ValueError(
-            f"{path} is a folder that people work in, so it is never replaced. Choose another path."
-        )
-
-
-def _move_in(temporary: Path, target: Path) -> None:
-    old = _sibling(target, "old")
-    if target.exists():
-        os.rename(target, old)
-    try:
-        os.rename(temporary, target)
-    except OSError:
-        if old.exists():
-            os.rename(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _git(*arguments: str) -> str | None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lmerge.export import CARD, check_free
-from lmerge.files import atomic_folder, writing
+from lmerge.files import writing
+from lmerge.folders import atomic_folder
 from lmerge.shards import check_room, stored_tensors, write_checkpoint
 from lmerge.streamed_merge import StreamedMerge
 

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "lmerge"
 # In the order in which one model goes from load to report; helpers stand before their first user.
 ORDER = (
     "files",
+    "folders",
     "progress",
     "llama",
     "checkpoint",
