@@ -15,6 +15,7 @@ import resource
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -22,16 +23,18 @@ from pathlib import Path
 
 from cli_run import run
 from made_runs import made_run, source
+from tqdm.auto import tqdm
 
-SHARDS = "--max_shard_size=8kB"
+from lmerge.runs import read_run
+from lmerge.streamed_export import export_streamed
+from lmerge.streamed_merge import StreamedMerge
 
 
 def digest(folder: Path) -> str:
     """Return what a folder holds, as one hash."""
     found = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        # The card says when it was made.
-        found.update(path.name.encode() + (b"" if path.suffix == ".md" else path.read_bytes()))
+        found.update(path.name.encode() + path.read_bytes())
     return found.hexdigest()
 
 
@@ -49,10 +52,17 @@ def forked(work: Callable[[], object], seconds: float | None = None) -> int:
     return os.waitpid(child, 0)[1]
 
 
+def export(made: Path, out: Path) -> None:
+    """Do what the command does, without reading options."""
+    folder = made.parent / "source"
+    merge = StreamedMerge(folder, read_run(made))
+    export_streamed(folder, merge, out, card="", max_shard_size="8kB", overwrite=True)
+
+
 def export_forever(runs: list[Path], out: Path) -> None:
     while True:
         for made in runs:
-            run("export", made, "--out", out, SHARDS, "--overwrite=true")
+            export(made, out)
 
 
 def kill(runs: list[Path], out: Path, num_kills: int) -> dict[str, object]:
@@ -60,7 +70,7 @@ def kill(runs: list[Path], out: Path, num_kills: int) -> dict[str, object]:
     kinds = {}
     for made in runs:
         start = time.perf_counter()
-        run("export", made, "--out", out, SHARDS, "--overwrite=true")
+        export(made, out)
         kinds[digest(out)] = made.name
     duration = time.perf_counter() - start
     generator, found = random.Random(0), Counter()
@@ -74,11 +84,11 @@ def kill(runs: list[Path], out: Path, num_kills: int) -> dict[str, object]:
         kinds["nothing"] = "nothing" if before == "nothing" else "half"
         found[kinds.get(after, "half"), "replaced" if after != before else "kept"] += 1
         if not out.exists():
-            run("export", runs[0], "--out", out, SHARDS)
+            export(runs[0], out)
     left = list(out.parent.glob(f".{out.name}.*"))
     for path in left:
         os.utime(path, (0, 0))
-    run("export", runs[0], "--out", out, SHARDS, "--overwrite=true")
+    export(runs[0], out)
     return {
         "found": {" ".join(key): count for key, count in sorted(found.items())},
         "left": len(left),
@@ -123,6 +133,9 @@ def nobody() -> None:
 
 
 def main() -> None:
+    # A child killed while it holds the lock that tqdm shares between processes would block all.
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)

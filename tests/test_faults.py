@@ -17,7 +17,11 @@ NUM_KILLS = 50
 def report() -> dict[str, Any]:
     script = Path(__file__).with_name("killed_exports.py")
     done = subprocess.run(
-        [sys.executable, script, str(NUM_KILLS)], capture_output=True, text=True, check=False
+        [sys.executable, script, str(NUM_KILLS)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
