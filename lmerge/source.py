@@ -120,7 +120,19 @@ def load_model(source: str, dtype: Dtype = "auto") -> PreTrainedModel:
         time.perf_counter() - start,
     )
     model.eval().requires_grad_(False)
+    check_finite(source, model)
     return model
+
+
+def check_finite(source: str, model: PreTrainedModel) -> None:
+    """Raise ValueError when a weight is NaN or infinite; one pass without copies."""
+    for name, parameter in model.named_parameters():
+        low, high = parameter.detach().aminmax()
+        if not bool(torch.isfinite(low) and torch.isfinite(high)):
+            raise ValueError(
+                f"`source` must have finite weights, got NaN or infinity in {name} of {source!r}. "
+                "Get a fresh copy of its files."
+            )
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
