@@ -305,6 +305,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "similarity": ("lmerge.similarity_study", "run_similarity"),
     "transfer": ("lmerge.transfer_study", "run_transfer"),
     "sweep": ("lmerge.sweep", "sweep"),
+    "export": ("lmerge.export_run", "export"),
     "diff": ("lmerge.diff", "diff"),
 }
 """Commands beside fit, validate and test: name -> (module, function), imported when called.

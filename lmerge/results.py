@@ -44,6 +44,15 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def restored(value: Any) -> Any:
+    """Return results read from metrics.json with NaN where a number did not exist."""
+    if isinstance(value, Mapping):
+        return {key: restored(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [restored(item) for item in value]
+    return math.nan if value is None else value
+
+
 def table_rows(results: Mapping[str, Any]) -> list[Row]:
     """Return (what, source, merged) for the table of one evaluation."""
     rows: list[Row] = []
