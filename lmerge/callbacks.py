@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmerge.activations import neuron_activations
 from lmerge.align import (
@@ -36,7 +37,7 @@ from lmerge.figures import (
 )
 from lmerge.files import provenance, write_json
 from lmerge.gate import check_gate, gate_notes, gate_rows
-from lmerge.generation import PROMPTS, generation_sanity
+from lmerge.generation import NUM_TOKENS, PROMPTS, generation_sanity, greedy
 from lmerge.llama import LayerTensors, decoder_layers, head_spec, layer_tensors
 from lmerge.merged import members_in_one_frame
 from lmerge.module import AlphaModule
@@ -278,9 +279,8 @@ def finish_evaluation(trainer: Trainer, module: AlphaModule, stage: str) -> None
     data = module.data()
     models = {"source": module.source, "merged": module.merged.plain()}
     module.results["cost"] = measure_costs(models)
-    prompts = [torch.tensor(ids) for ids in encode(data.tokenizer, PROMPTS)]
     module.results["generation"] = {
-        name: generation_sanity(model, prompts)
+        name: write_on(model, data.tokenizer)
         for name, model in track(models.items(), "generation", total=2)
     }
     module.checks = check_gate(module.results, module.gate)
@@ -301,6 +301,13 @@ def finish_evaluation(trainer: Trainer, module: AlphaModule, stage: str) -> None
             )
     if (module.run_dir / "model" / "config.json").is_file():
         write_card(module.run_dir / "model", card(module, rows))
+
+
+def write_on(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
+    """Return what a model writes after each of the prompts, and how much it repeats itself."""
+    texts = greedy(model, [torch.tensor(ids) for ids in encode(tokenizer, PROMPTS)], NUM_TOKENS)
+    written = {prompt: tokenizer.decode(ids) for prompt, ids in zip(PROMPTS, texts, strict=True)}
+    return {**generation_sanity(texts), "texts": written}
 
 
 def card(module: AlphaModule, rows: list[Row]) -> str:

@@ -110,6 +110,10 @@ def measured() -> dict[str, Any]:
         "choices": {"letter": {"source": one, "merged": one, **paired}},
         "last_word": {"mine": {"source": words, "merged": words, **paired}},
         "text": {"en": {"source": scores, "merged": {**scores, "agreement": 0.5}}},
+        "generation": {
+            "source": {"distinct": 0.9, "repetition": 0.1, "texts": {"Water": " boils\nat"}},
+            "merged": {"distinct": 0.1, "repetition": 0.9, "texts": {"Water": " water" * 9}},
+        },
     }
 
 
@@ -126,6 +130,9 @@ def measured() -> dict[str, Any]:
         ("perplexity on en text", ("31.22 [27.00, 36.00]",) * 2),
         ("bits per byte on en text", ("1.234", "1.234")),
         ("same top token on en text", ("100%", "50.0%")),
+        ("distinct bigrams, written greedily", ("0.90", "0.10")),
+        ("repeated 4-grams, written greedily", ("0.10", "0.90")),
+        ("Water ...", ("boils at", "water water water water water water water wat...")),
         ("  difference (McNemar p)", ("", "-5.0 [-10.0, +1.0] (p 0.38)")),
     ],
 )
