@@ -22,7 +22,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
-from lmerge.callbacks import Artefacts, ExportCheckpoint, HungarianAlignment, Repair
+from lmerge.alignment import HungarianAlignment
+from lmerge.callbacks import Artefacts, ExportCheckpoint, Repair
 from lmerge.data.module import MMLUDataModule
 from lmerge.files import write_text
 from lmerge.gate import EXIT_CODE, GateConfig
@@ -180,7 +181,13 @@ class CLI(LightningCLI):
     # Checks before anything is written.
 
     def before_instantiate_classes(self) -> None:
-        """Check the run folder."""
+        """Check the run folder; a W&B agent's run gets its own inside, named by its id."""
+        run_id = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
+        if run_id:
+            config = self.config[str(self.subcommand)]
+            run_dir = Path(config.run_dir) / run_id
+            config.run_dir = config.model.run_dir = str(run_dir)
+            config.trainer.default_root_dir = str(run_dir)
         run_dir = Path(self._get(self.config, "run_dir"))
         resumed = self._get(self.config, "ckpt_path")
         if self.subcommand == "fit" and not resumed:
@@ -256,6 +263,7 @@ def _quiet() -> None:
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "similarity": ("lmerge.similarity_study", "run_similarity"),
+    "transfer": ("lmerge.transfer_study", "run_transfer"),
     "sweep": ("lmerge.sweep", "sweep"),
     "diff": ("lmerge.diff", "diff"),
 }

@@ -38,6 +38,8 @@ class Evaluation:
         scorings: Ways of scoring choices; every process must name the same.
         last_words: Names of the files whose texts' last words are to be guessed.
         device: Where the metrics gather over processes.
+        keep_prefixes: Whether few-shot examples are encoded once; without, each batch takes an
+            equal number of passes, as layers split over processes need.
         journal: Where scored batches are kept; those that it holds already are not scored again.
     """
 
@@ -48,6 +50,7 @@ class Evaluation:
         *,
         last_words: Sequence[str] = (),
         device: torch.device | str = "cpu",
+        keep_prefixes: bool = True,
         journal: Journal | None = None,
     ) -> None:
         self.texts = {
@@ -61,7 +64,8 @@ class Evaluation:
         self.last_words = {
             (name, model): LastWordMetric().to(device) for name in last_words for model in MODELS
         }
-        self.prefixes = {model: PrefixCache() for model in MODELS}
+        size = 2 if keep_prefixes else 0
+        self.prefixes = {model: PrefixCache(max_entries=size) for model in MODELS}
         self.journal = journal
         self.known = self._restore()
 

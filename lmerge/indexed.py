@@ -7,6 +7,7 @@ changes nothing, and one process and many give the same bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,12 @@ class IndexedMetric(Metric):
         # and a second axis or another dtype there would hang the others.
         self.set_dtype(torch.float64)
         self.add_state("rows", default=[], dist_reduce_fx="cat")
+
+    def _apply(self, *args: Any, **kwargs: Any) -> IndexedMetric:
+        # Moving a metric to a device resets the dtype to that of a new tensor, float32.
+        super()._apply(*args, **kwargs)
+        self._dtype = torch.float64
+        return self
 
     def append(self, index_B: Tensor, columns: dict[str, Tensor]) -> None:
         """Keep one row for each sample: its index, then the columns, as float64."""

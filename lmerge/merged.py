@@ -14,7 +14,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from lmerge.align import Motion, Orders, move
-from lmerge.alphas import AlphaConfig, Alphas, spread, start_alphas, to_free, to_shares
+from lmerge.alphas import AlphaConfig, Alphas, start_alphas, to_free, to_shares
 from lmerge.llama import (
     MATRICES,
     LayerTensors,
@@ -67,18 +67,51 @@ class MergedLayer(nn.Module):
         self.simplex = simplex
         self.names = tuple(stacked)
         for name, tensor in stacked.items():
-            self.register_buffer(f"stacked_{_key(name)}", tensor, persistent=False)
+            # Frozen parameters: FSDP shards no buffers, and DDP would send them at every step.
+            self.register_parameter(f"stacked_{_key(name)}", nn.Parameter(tensor, False))
         self.free = nn.ParameterDict({name: nn.Parameter(p) for name, p in free.items()})
         self.refits: dict[str, Tensor] = {}
         self._fixed: tuple[Alphas, LayerTensors] | None = None
+        self._set: tuple[Alphas, Alphas] | None = None
 
     def stacked(self) -> LayerTensors:
         """Return the members' tensors, stacked along G."""
-        return {name: self.get_buffer(f"stacked_{_key(name)}") for name in self.names}
+        return {name: self.get_parameter(f"stacked_{_key(name)}") for name in self.names}
 
     def shares(self) -> Alphas:
-        """Return the alphas at their own granularity."""
-        return to_shares(dict(self.free.items()), simplex=self.simplex)
+        """Return the alphas at their own granularity.
+
+        Shares that were set come back to the bit while nothing is trained: a softmax of their
+        logarithms would round them anew.
+        """
+        free = dict(self.free.items())
+        if self._set is not None and not torch.is_grad_enabled():
+            at, shares = self._set
+            if all(torch.equal(at[name], p.cpu()) for name, p in free.items()):
+                return {name: share.to(free[name].device) for name, share in shares.items()}
+        return to_shares(free, simplex=self.simplex)
+
+    @torch.no_grad()
+    def set_shares(self, shares: Alphas) -> None:
+        """Set the alphas, at their own granularity.
+
+        Raises:
+            ValueError: When names or shapes differ from the parameters', or alphas on the simplex
+                are no shares.
+        """
+        free = to_free(shares, simplex=self.simplex)
+        shapes = {name: tuple(p.shape) for name, p in self.free.items()}
+        if shapes != {name: tuple(p.shape) for name, p in free.items()}:
+            raise ValueError(
+                "the saved alphas do not have the shapes that `alpha.granularity` asks for. "
+                "Set it to the value of the run that saved them (see its config.yaml)."
+            )
+        for name, parameter in self.free.items():
+            parameter.copy_(free[name])
+        if self.simplex:
+            at = {name: p.detach().cpu().clone() for name, p in self.free.items()}
+            self._set = at, {name: share.cpu().clone() for name, share in shares.items()}
+        self._fixed = None
 
     def alphas(self) -> Alphas:
         """Return the alphas of the seven matrices."""
@@ -167,6 +200,7 @@ class MergedLlama(nn.Module):
         """Return the trainable parameters by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
+    @torch.no_grad()
     def alphas(self) -> list[Alphas]:
         """Return a copy of the alphas of each group, on the CPU, at their own granularity."""
         return [
@@ -174,36 +208,14 @@ class MergedLlama(nn.Module):
             for layer in self.merged_layers()
         ]
 
-    @torch.no_grad()
     def set_alphas(self, alphas: Sequence[Alphas]) -> None:
-        """Set the alphas of each group, of any granularity that has the parameters' shapes.
+        """Set the alphas of each group.
 
         Raises:
             ValueError: When names or shapes differ from the configured granularity.
         """
         for layer, group in zip(self.merged_layers(), alphas, strict=True):
-            free = to_free(group, simplex=layer.simplex)
-            shapes = {name: tuple(p.shape) for name, p in layer.free.items()}
-            if shapes != {name: tuple(p.shape) for name, p in free.items()}:
-                raise ValueError(
-                    "the saved alphas do not have the shapes that `alpha.granularity` asks for. "
-                    "Set it to the value of the run that saved them (see its config.yaml)."
-                )
-            for name, parameter in layer.free.items():
-                parameter.copy_(free[name])
-
-    def spread_alphas(self, alphas: Sequence[Alphas]) -> None:
-        """Set the alphas of each group from alphas of an equal or coarser granularity.
-
-        Raises:
-            ValueError: When they are finer than the configured granularity.
-        """
-        grain, width = self.config.granularity, self.head_dim
-        fine = [
-            spread(group, grain, layer.stacked(), head_dim=width)
-            for layer, group in zip(self.merged_layers(), alphas, strict=True)
-        ]
-        self.set_alphas(fine)
+            layer.set_shares(group)
 
     def refits(self) -> list[dict[str, Tensor]]:
         """Return the refitted matrices of each group."""

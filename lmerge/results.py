@@ -17,6 +17,8 @@ SCHEMA = 1
 
 Row = tuple[str, str, str]
 
+SCORING_NAMES = {"letter": "letters", "cloze": "answer texts"}
+
 SHOWN = 48
 """Characters of a continuation that the table shows."""
 
@@ -53,11 +55,11 @@ def table_rows(results: Mapping[str, Any]) -> list[Row]:
         if key in cost["source"]:
             rows.append((label, form(cost["source"][key]), form(cost["merged"][key])))
     for scoring, both in results["choices"].items():
-        rows += _choice_rows(scoring, both)
+        rows += _choice_rows(SCORING_NAMES[scoring], both)
+        if scoring == "letter":
+            rows += _letter_rows(both)
     for name, both in results.get("last_word", {}).items():
-        rows.append(_row(f"last word, {name}", both, accuracy))
-        rows += _difference_rows(both)
-        rows.append(_row(f"perplexity of the last word, {name}", both, ppl))
+        rows += _word_rows(f"last word, {name}", both)
     for name, both in results["text"].items():
         rows += _text_rows(name, both)
     if "generation" in results:
@@ -65,48 +67,25 @@ def table_rows(results: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
-def _generation_rows(both: Mapping[str, Any]) -> list[Row]:
-    prompt = next(iter(both["source"]["texts"]))
-    return [
-        _row("distinct bigrams, written greedily", both, lambda one: f"{one['distinct']:.2f}"),
-        _row("repeated 4-grams, written greedily", both, lambda one: f"{one['repetition']:.2f}"),
-        _row(f"{prompt} ...", both, lambda one: shorten(one["texts"][prompt], SHOWN)),
-    ]
-
-
 def _row(label: str, both: Mapping[str, Any], form: Callable[[Any], str]) -> Row:
     return label, form(both["source"]), form(both["merged"])
 
 
-def _choice_rows(scoring: str, both: Mapping[str, Any]) -> list[Row]:
-    what = {"letter": "letters", "cloze": "answer texts"}[scoring]
-    rows = [_row(f"accuracy, {what}", both, lambda one: accuracy(one["micro"]))]
-    rows += _difference_rows(both)
-    if any("confusion" not in both[model] for model in ("source", "merged")):
-        return rows
-    rows.append(_row(f"mean over subjects, {what}", both, lambda one: accuracy(one["macro"])))
-    source, merged = both["source"], both["merged"]
-    before, after = source["by_language"], merged["by_language"]
-    for code in before if len(before) > 1 else ():
-        rows.append((f"  in {code}", accuracy(before[code]), accuracy(after[code])))
-    rows.append(
-        _row(f"calibration error, {what}", both, lambda one: f"{one['calibration_error']:.3f}")
-    )
-    rows.append(_row(f"chosen A/B/C/D, {scoring}", both, lambda one: chosen(one["confusion"])))
-    pairs = zip("ABCD", source["confusion"], merged["confusion"], strict=True)
-    for letter, counts, merged_counts in pairs if scoring == "letter" else ():
-        rows.append((f"  where {letter} is right", chosen([counts]), chosen([merged_counts])))
-    return rows
+def _letter_rows(both: Mapping[str, Any]) -> list[Row]:
+    """Return how often each letter was chosen where one of them was right."""
+    before, after = (both[model]["confusion"] for model in ("source", "merged"))
+    return [
+        (f"  where {letter} is right", chosen([old]), chosen([new]))
+        for letter, old, new in zip("ABCD", before, after, strict=True)
+    ]
 
 
-def _difference_rows(both: Mapping[str, Any]) -> list[Row]:
-    """Return the paired comparison of both models, where it is known."""
-    if "difference" not in both:
-        return []
-    value, low, high = (100 * both["difference"][k] for k in ("value", "low", "high"))
-    p_value = both["mcnemar"]["p_value"]
-    interval = "" if math.isnan(low) else f" [{low:+.1f}, {high:+.1f}]"
-    return [("  difference (McNemar p)", "", f"{value:+.1f}{interval} (p {p_value:.2g})")]
+def _word_rows(name: str, both: Mapping[str, Any]) -> list[Row]:
+    return [
+        _row(name, both, accuracy),
+        (f"difference, {name}", "", difference(both)),
+        _row(f"perplexity of the {name}", both, ppl),
+    ]
 
 
 def _text_rows(name: str, both: Mapping[str, Any]) -> list[Row]:
@@ -121,6 +100,58 @@ def _text_rows(name: str, both: Mapping[str, Any]) -> list[Row]:
         share = f"{100 * both['merged']['agreement']:.1f}%"
         rows.append((f"same top token on {name} text", "100%", share))
     return rows
+
+
+def _generation_rows(both: Mapping[str, Any]) -> list[Row]:
+    prompt = next(iter(both["source"]["texts"]))
+    return [
+        _row("distinct bigrams, written greedily", both, lambda one: f"{one['distinct']:.2f}"),
+        _row("repeated 4-grams, written greedily", both, lambda one: f"{one['repetition']:.2f}"),
+        _row(f"{prompt} ...", both, lambda one: shorten(one["texts"][prompt], SHOWN)),
+    ]
+
+
+def group_tables(results: Mapping[str, Any]) -> dict[str, list[Row]]:
+    """Return, by title, the accuracies of domains, languages and subjects where there are several.
+
+    Args:
+        results: Results of one evaluation.
+    """
+    tables = {}
+    for scoring, both in results["choices"].items():
+        rows: list[Row] = []
+        for kind in ("domain", "language", "subject"):
+            before, after = (both[model][f"by_{kind}"] for model in ("source", "merged"))
+            for name in before if len(before) > 1 else ():
+                label = f"{kind} {name} ({before[name]['num_questions']})"
+                rows.append((label, accuracy(before[name]), accuracy(after[name])))
+        if rows:
+            tables[f"accuracy by group (questions), {SCORING_NAMES[scoring]}"] = rows
+    return tables
+
+
+def _choice_rows(name: str, both: Mapping[str, Any]) -> list[Row]:
+    source, merged, num_subjects = both["source"], both["merged"], len(both["source"]["by_subject"])
+    rows = [(f"accuracy, {name}", accuracy(source["micro"]), accuracy(merged["micro"]))]
+    if num_subjects > 1:
+        label = f"mean over {num_subjects} subjects, {name}"
+        rows.append((label, accuracy(source["macro"]), accuracy(merged["macro"])))
+    errors = [f"{x['calibration_error']:.3f}" for x in (source, merged)]
+    return [
+        *rows,
+        (f"difference, {name}", "", difference(both)),
+        (f"calibration error, {name}", errors[0], errors[1]),
+        (f"chosen A/B/C/D, {name}", chosen(source["confusion"]), chosen(merged["confusion"])),
+    ]
+
+
+def difference(both: Mapping[str, Any]) -> str:
+    """Return merged minus source in percentage points, and McNemar's p-value."""
+    value, low, high = (100 * both["difference"][key] for key in ("value", "low", "high"))
+    p_value = both["mcnemar"]["p_value"]
+    # The interval of a single question does not exist.
+    ends = "" if math.isnan(low) else f" [{low:+.1f}, {high:+.1f}]"
+    return f"{value:+.1f}{ends}, p = {p_value:.2g}"
 
 
 def accuracy(rate: Mapping[str, float]) -> str:
