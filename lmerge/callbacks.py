@@ -182,11 +182,8 @@ def finish_evaluation(trainer: Trainer, module: AlphaModule, stage: str) -> None
         _measure_alone(module)
     module.checks = check_gate(module.results, module.gate)
     module.results["gate"] = [check._asdict() for check in module.checks]
-    write_metrics(
-        module.run_dir,
-        stage,
-        {"source": module.source_name, "fingerprints": data.fingerprints, **module.results},
-    )
+    read = {"fingerprints": data.fingerprints, "settings": data.settings}
+    write_metrics(module.run_dir, stage, {"source": module.source_name, **read, **module.results})
     if module.journal is not None:
         module.journal.remove()
     rows = table_rows(module.results) + gate_rows(module.checks)
