@@ -55,11 +55,11 @@ def table_rows(results: Mapping[str, Any]) -> list[Row]:
         if key in cost["source"]:
             rows.append((label, form(cost["source"][key]), form(cost["merged"][key])))
     for scoring, both in results["choices"].items():
-        rows += _choice_rows(SCORING_NAMES[scoring], both)
-        if scoring == "letter":
-            rows += _letter_rows(both)
+        rows += _choice_rows(scoring, both)
     for name, both in results.get("last_word", {}).items():
-        rows += _word_rows(f"last word, {name}", both)
+        rows.append(_row(f"last word, {name}", both, accuracy))
+        rows += _difference_rows(f"last word, {name}", both)
+        rows.append(_row(f"perplexity of the last word, {name}", both, ppl))
     for name, both in results["text"].items():
         rows += _text_rows(name, both)
     if "generation" in results:
@@ -71,21 +71,25 @@ def _row(label: str, both: Mapping[str, Any], form: Callable[[Any], str]) -> Row
     return label, form(both["source"]), form(both["merged"])
 
 
-def _letter_rows(both: Mapping[str, Any]) -> list[Row]:
-    """Return how often each letter was chosen where one of them was right."""
-    before, after = (both[model]["confusion"] for model in ("source", "merged"))
-    return [
-        (f"  where {letter} is right", chosen([old]), chosen([new]))
-        for letter, old, new in zip("ABCD", before, after, strict=True)
+def _choice_rows(scoring: str, both: Mapping[str, Any]) -> list[Row]:
+    name, num_subjects = SCORING_NAMES[scoring], len(both["source"]["by_subject"])
+    rows = [_row(f"accuracy, {name}", both, lambda one: accuracy(one["micro"]))]
+    if num_subjects > 1:
+        label = f"mean over {num_subjects} subjects, {name}"
+        rows.append(_row(label, both, lambda one: accuracy(one["macro"])))
+    rows += [
+        *_difference_rows(name, both),
+        _row(f"calibration error, {name}", both, lambda one: f"{one['calibration_error']:.3f}"),
+        _row(f"chosen A/B/C/D, {name}", both, lambda one: chosen(one["confusion"])),
     ]
+    pairs = zip("ABCD", *(both[model]["confusion"] for model in ("source", "merged")), strict=True)
+    for letter, counts, merged_counts in pairs if scoring == "letter" else ():
+        rows.append((f"  where {letter} is right", chosen([counts]), chosen([merged_counts])))
+    return rows
 
 
-def _word_rows(name: str, both: Mapping[str, Any]) -> list[Row]:
-    return [
-        _row(name, both, accuracy),
-        (f"difference, {name}", "", difference(both)),
-        _row(f"perplexity of the {name}", both, ppl),
-    ]
+def _difference_rows(name: str, both: Mapping[str, Any]) -> list[Row]:
+    return [(f"difference, {name}", "", difference(both))]
 
 
 def _text_rows(name: str, both: Mapping[str, Any]) -> list[Row]:
@@ -128,21 +132,6 @@ def group_tables(results: Mapping[str, Any]) -> dict[str, list[Row]]:
         if rows:
             tables[f"accuracy by group (questions), {SCORING_NAMES[scoring]}"] = rows
     return tables
-
-
-def _choice_rows(name: str, both: Mapping[str, Any]) -> list[Row]:
-    source, merged, num_subjects = both["source"], both["merged"], len(both["source"]["by_subject"])
-    rows = [(f"accuracy, {name}", accuracy(source["micro"]), accuracy(merged["micro"]))]
-    if num_subjects > 1:
-        label = f"mean over {num_subjects} subjects, {name}"
-        rows.append((label, accuracy(source["macro"]), accuracy(merged["macro"])))
-    errors = [f"{x['calibration_error']:.3f}" for x in (source, merged)]
-    return [
-        *rows,
-        (f"difference, {name}", "", difference(both)),
-        (f"calibration error, {name}", errors[0], errors[1]),
-        (f"chosen A/B/C/D, {name}", chosen(source["confusion"]), chosen(merged["confusion"])),
-    ]
 
 
 def difference(both: Mapping[str, Any]) -> str:

@@ -29,9 +29,9 @@ class SideBySide(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.results: dict[str, Any] = {}
+        self.journal: Journal | None = None
         self.gate = GateConfig()
         self.checks: list[Check] = []
-        self.journal: Journal | None = None
 
     def data(self) -> MMLUDataModule:
         """Return the trainer's data module."""
@@ -47,15 +47,14 @@ class SideBySide(LightningModule):
 
     def _start_evaluation(self) -> None:
         data, fitting = self.data(), self.trainer.state.fn == "fit"
-        # Layers that are split over processes must run equally often on each: nothing is skipped.
-        whole = self.device_mesh is None
-        self.journal = self._open_journal() if whole and not fitting else None
+        self.journal = None if fitting or self.is_sharded else self._open_journal()
         self.evaluation = Evaluation(
             data.text_bytes,
             () if fitting else data.scorings,
             last_words=data.last_words,
             device=self.device,
-            keep_prefixes=whole,
+            # Layers that are split over processes must run equally often on each.
+            keep_prefixes=not self.is_sharded,
             journal=self.journal,
         )
         if self.evaluation.known and self.trainer.is_global_zero:
@@ -66,6 +65,11 @@ class SideBySide(LightningModule):
         key = evaluation_key(self.source, self.merged, self.data().evaluation_batches)
         stage = "test" if self.trainer.testing else "validate"
         return Journal(self.run_dir / "journal", f"{stage}-{key}", self.global_rank)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 splits the frozen layers over the processes."""
+        return self.device_mesh is not None
 
     def validation_step(self, batch: TextBatch | ChoiceBatch, batch_idx: int) -> None:
         self.evaluation.update(self.source, self.merged.causal_lm, batch)
