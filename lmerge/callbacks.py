@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 
 from lmerge.alignment import HungarianAlignment
+from lmerge.alpha_files import write_alphas
+from lmerge.compose import repair
 from lmerge.cost import measure_costs
 from lmerge.data.tokens import encode
 from lmerge.export import export_model, model_card, verify_export, write_card
@@ -23,23 +26,19 @@ from lmerge.figures import (
     similarity_figure,
 )
 from lmerge.files import provenance, write_json
-from lmerge.gate import (
-    PROMPTS,
-    check_gate,
-    gate_notes,
-    gate_rows,
-    generation_sanity,
-)
+from lmerge.gate import check_gate, gate_notes, gate_rows
+from lmerge.generation import PROMPTS, generation_sanity
+from lmerge.heal import HealConfig, heal
 from lmerge.module import AlphaModule
 from lmerge.progress import track
-from lmerge.repair import RepairConfig, refit_groups
-from lmerge.results import Row, print_table, table_rows, write_metrics
+from lmerge.repair import RepairConfig
+from lmerge.results import Row, group_tables, print_table, table_rows, write_metrics
 from lmerge.runs import (
-    write_alphas,
     write_orders,
     write_plan,
     write_refits,
 )
+from lmerge.similarity import INFORMATION
 
 logger = logging.getLogger(__name__)
 
@@ -49,22 +48,50 @@ def _module(pl_module: LightningModule) -> AlphaModule:
     return pl_module
 
 
+@rank_zero_only
+def _say_later(module: AlphaModule, what: str) -> None:
+    run_dir = module.run_dir
+    logger.warning(
+        "not %s, since the layers are split over processes. Afterwards, on a machine that holds "
+        "the model: lmerge fit --config %s/config.yaml --ckpt_path %s/checkpoints/last.ckpt "
+        "--trainer.strategy auto --trainer.devices 1 --trainer.accelerator cpu",
+        *(what, run_dir, run_dir),
+    )
+
+
 class Repair(Callback):
-    """Refits the merged layers in closed form when training ends.
+    """Refits layers in closed form when training ends, and heals them if that is asked for.
 
     Args:
         config: Method and regularisation.
+        heal: A short training by KL afterwards; none by default.
     """
 
-    def __init__(self, config: RepairConfig = RepairConfig()) -> None:  # noqa: B008 - frozen
+    def __init__(
+        self,
+        config: RepairConfig = RepairConfig(),  # noqa: B008 - frozen
+        heal: HealConfig = HealConfig(),  # noqa: B008 - frozen
+    ) -> None:
         self.config = config
+        self.heal = heal
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = _module(pl_module)
+        if module.is_sharded:
+            _say_later(module, "repaired")
+            return
         if trainer.is_global_zero:
-            states_BTD, held_B = module.cache().prefix_BTD, module.data().held_out()
-            refit_groups(module.source, module.merged, states_BTD, held_B, self.config)
+            repair_and_heal(module, self.config, self.heal)
         module.merged.set_refits(trainer.strategy.broadcast(module.merged.refits()))
+        for position, tensors in trainer.strategy.broadcast(module.merged.kept_refits).items():
+            module.merged.refit_layer(position, tensors)
+
+
+def repair_and_heal(module: AlphaModule, config: RepairConfig, healing: HealConfig) -> None:
+    """Refit the merged model of a module to the source, then train what `healing` names."""
+    cache, held_B, merged = module.cache(), module.data().held_out(), module.merged
+    repair(module.source, merged, cache, held_B, config)
+    heal(module.source, merged, cache, held_B, healing, seed=module.seed)
 
 
 class Artefacts(Callback):
@@ -87,16 +114,16 @@ class Artefacts(Callback):
         module = _module(pl_module)
         alphas, refits = module.merged.alphas(), module.merged.refits()
         write_alphas(module.run_dir, module.merged.plan, alphas)
-        if any(refits):
-            write_refits(module.run_dir, refits, alphas)
+        if any(refits) or module.merged.kept_refits:
+            write_refits(module.run_dir, refits, alphas, module.merged.kept_refits)
 
     @rank_zero_only
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         module = _module(pl_module)
-        if module.last_good is not None and isinstance(exception, ValueError):
-            write_alphas(module.run_dir, module.merged.plan, module.last_good)
+        if isinstance(exception, ValueError) and module.restore_good():
+            write_alphas(module.run_dir, module.merged.plan, module.merged.alphas())
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -132,8 +159,14 @@ def write_similarity(trainer: Trainer, module: AlphaModule) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, matrix_LL in matrices.items():
         np.save(folder / f"{name.replace('/', '_')}.npy", matrix_LL.numpy(), allow_pickle=False)
-    data = {"measure": module.measure, "pooling": module.pooling, "matrices": list(matrices)}
-    write_json(folder / "similarity.json", {**data, "provenance": provenance()}, schema=1)
+    data = {
+        "measure": module.measure,
+        "information": asdict(module.information) if module.measure in INFORMATION else None,
+        "pooling": module.pooling,
+        "matrices": list(matrices),
+        "provenance": provenance(),
+    }
+    write_json(folder / "similarity.json", data, schema=1)
     figure = similarity_figure(matrices, module.measure, module.state.plan)
     log_figure(trainer, module, figure, "similarity/layers")
 
@@ -142,7 +175,10 @@ def write_search(trainer: Trainer, module: AlphaModule) -> None:
     """Write what the candidates of the plan search cost, and their figure."""
     if not module.candidates:
         return
-    costs = [{"members": list(c.group.members), "kl": c.kl} for c in module.candidates]
+    costs = [
+        {"groups": [list(group.members) for group in c.groups], "kl": c.kl}
+        for c in module.candidates
+    ]
     data = {"method": module.plan_method, "candidates": costs, "provenance": provenance()}
     write_json(module.run_dir / "plan" / "search.json", data, schema=1)
     log_figure(trainer, module, search_figure(module.candidates), "plan/search")
@@ -160,13 +196,8 @@ def log_figure(trainer: Trainer, module: AlphaModule, figure: Figure, name: str)
 def finish_evaluation(trainer: Trainer, module: AlphaModule, stage: str) -> None:
     """Measure costs, write metrics.json, print the table and bring the model card up to date."""
     data = module.data()
-    models = {"source": module.source, "merged": module.merged.plain()}
-    module.results["cost"] = measure_costs(models)
-    prompts = [torch.tensor(ids) for ids in encode(data.tokenizer, PROMPTS)]
-    module.results["generation"] = {
-        name: generation_sanity(model, prompts)
-        for name, model in track(models.items(), "generation", total=2)
-    }
+    if not module.is_sharded:  # this process alone cannot run layers that are split over all
+        _measure_alone(module)
     module.checks = check_gate(module.results, module.gate)
     module.results["gate"] = [check._asdict() for check in module.checks]
     write_metrics(
@@ -174,7 +205,11 @@ def finish_evaluation(trainer: Trainer, module: AlphaModule, stage: str) -> None
         stage,
         {"source": module.source_name, "fingerprints": data.fingerprints, **module.results},
     )
+    if module.journal is not None:
+        module.journal.remove()
     rows = table_rows(module.results) + gate_rows(module.checks)
+    for title, groups in group_tables(module.results).items():
+        print_table(groups, f"{module.source_name}: {stage}, {title}")
     print_table(rows, f"{module.source_name}: {stage} of source and merged model")
     for wandb_logger in trainer.loggers:
         if isinstance(wandb_logger, WandbLogger):
@@ -183,6 +218,17 @@ def finish_evaluation(trainer: Trainer, module: AlphaModule, stage: str) -> None
             )
     if (module.run_dir / "model" / "config.json").is_file():
         write_card(module.run_dir / "model", card(module, rows))
+
+
+def _measure_alone(module: AlphaModule) -> None:
+    """Measure what needs the models but no data: costs, and whether they write sensibly."""
+    models = {"source": module.source, "merged": module.merged.plain()}
+    module.results["cost"] = measure_costs(models)
+    prompts = [torch.tensor(ids) for ids in encode(module.data().tokenizer, PROMPTS)]
+    module.results["generation"] = {
+        name: generation_sanity(model, prompts)
+        for name, model in track(models.items(), "generation", total=2)
+    }
 
 
 def card(module: AlphaModule, rows: list[Row]) -> str:
@@ -215,6 +261,9 @@ class ExportCheckpoint(Callback):
         if not self.enabled:
             return
         module = _module(pl_module)
+        if module.is_sharded:
+            _say_later(module, "exported")
+            return
         data, folder = module.data(), module.run_dir / "model"
         plain = module.merged.plain()
         export_model(plain, data.tokenizer, folder, card=card(module, []), overwrite=True)

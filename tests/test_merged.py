@@ -1,4 +1,5 @@
 from itertools import permutations
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -20,6 +21,7 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lmerge.align import Orders
+from lmerge.alpha_files import read_alphas, write_alphas
 from lmerge.alphas import AlphaConfig, Granularity
 from lmerge.groups import align_members
 from lmerge.llama import (
@@ -361,6 +363,31 @@ def test_alphas_carry_over_to_another_merged_model(config: AlphaConfig) -> None:
     torch.testing.assert_close(
         logits(second.causal_lm), logits(first.causal_lm), rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_simplex_alphas_come_back_from_alphas_json_to_the_bit(
+    granularity: Granularity, tmp_path: Path
+) -> None:
+    config = AlphaConfig(granularity=granularity, simplex=True)
+    first, second = shake(merge(tiny_model(), config=config)), merge(tiny_model(), config=config)
+    write_alphas(tmp_path, first.plan, first.alphas())
+    second.set_alphas(read_alphas(tmp_path / "alphas.json", second.plan))
+    for left, right in zip(first.alphas(), second.alphas(), strict=True):
+        assert all(torch.equal(left[name], right[name]) for name in left)
+    assert same(weights(first.plain()), weights(second.plain()))
+    assert torch.equal(logits(first.causal_lm), logits(second.causal_lm))
+
+
+def test_alphas_that_are_trained_after_they_were_set_are_the_trained_ones() -> None:
+    merged = merge(tiny_model(), config=AlphaConfig(granularity="layer", simplex=True))
+    merged.set_alphas([{"layer": torch.tensor([0.7, 0.3])}])
+    logits(merged.causal_lm)
+    before = merged.alphas()[0]["layer"]
+    shake(merged)
+    (layer,) = merged.merged_layers()
+    assert not torch.equal(merged.alphas()[0]["layer"], before)
+    assert torch.equal(merged.alphas()[0]["layer"], layer.free["layer"].detach().softmax(dim=0))
 
 
 def test_shares_below_the_floor_of_the_start_carry_over() -> None:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from lmerge.results import (
     accuracy,
+    group_tables,
     loss,
     ppl,
     print_table,
@@ -19,16 +20,29 @@ from lmerge.results import (
 
 RATE = {"accuracy": 0.25, "low": 0.2, "high": 0.305, "num_questions": 40}
 SCORES = {"loss": 3.4412, "loss_low": 3.3, "loss_high": 3.5999, "ppl": 31.22, "kl": 0.0456}
+BY_NAME = {"law": RATE, "math": {**RATE, "num_questions": 41}}
+ANSWERED = {
+    "micro": RATE,
+    "macro": {**RATE, "accuracy": 0.26},
+    "by_subject": BY_NAME,
+    "by_domain": {"all": RATE},
+    "by_language": BY_NAME,
+    "calibration_error": 0.1234,
+    "confusion": [[10, 0, 0, 0], [9, 1, 0, 0], [10, 0, 0, 0], [8, 0, 2, 0]],
+}
+CHOICES = {
+    "source": ANSWERED,
+    "merged": {**ANSWERED, "micro": {**RATE, "accuracy": 0.3}},
+    "difference": {"value": 0.05, "low": -0.021, "high": 0.1, "p_value": 0.2},
+    "mcnemar": {"only_a": 3, "only_b": 5, "p_value": 0.7265625},
+}
 COST = {"layers": 30, "parameters": 134_515_008, "bytes": 2**29, "prefill_tokens_per_s": 1234.5}
 
 
 def results() -> dict[str, Any]:
     return {
         "cost": {"source": COST, "merged": {**COST, "layers": 27}},
-        "choices": {
-            scoring: {"source": {"micro": RATE}, "merged": {"micro": {**RATE, "accuracy": 0.3}}}
-            for scoring in ("letter", "cloze")
-        },
+        "choices": dict.fromkeys(("letter", "cloze"), CHOICES),
         "text": {"en": {"source": SCORES, "merged": {**SCORES, "ppl": 1e5}}},
     }
 
@@ -81,14 +95,53 @@ def test_a_table_has_costs_then_choices_then_texts() -> None:
     assert [row[0] for row in table_rows(results())] == [
         "layers",
         "parameters",
-        "size of the weights",
+        "size on disk",
         "prefill (tokens/s)",
         "accuracy, letters",
+        "mean over 2 subjects, letters",
+        "difference, letters",
+        "calibration error, letters",
+        "chosen A/B/C/D, letters",
+        "  where A is right",
+        "  where B is right",
+        "  where C is right",
+        "  where D is right",
         "accuracy, answer texts",
+        "mean over 2 subjects, answer texts",
+        "difference, answer texts",
+        "calibration error, answer texts",
+        "chosen A/B/C/D, answer texts",
         "loss on en text (nats/token)",
         "perplexity on en text",
         "KL from the source on en text",
     ]
+
+
+def measured() -> dict[str, Any]:
+    """Results with all that an evaluation measures."""
+    words = {**RATE, "ppl": 20.0, "ppl_low": 10.0, "ppl_high": 40.0}
+    scores = {**SCORES, "ppl_low": 27.0, "ppl_high": 36.0, "bits_per_byte": 1.2345}
+    return {
+        "choices": {"letter": CHOICES},
+        "last_word": {"mine": {**CHOICES, "source": words, "merged": words}},
+        "text": {"en": {"source": scores, "merged": {**scores, "agreement": 0.5}}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "cells"),
+    [
+        ("  where D is right", ("8/0/2/0",) * 2),
+        ("last word, mine", ("25.0% [20.0, 30.5]",) * 2),
+        ("difference, last word, mine", ("", "+5.0 [-2.1, +10.0], p = 0.73")),
+        ("perplexity of the last word, mine", ("20.00 [10.00, 40.00]",) * 2),
+        ("perplexity on en text", ("31.22 [27.00, 36.00]",) * 2),
+        ("bits per byte on en text", ("1.234", "1.234")),
+        ("same top token on en text", ("100%", "50.0%")),
+    ],
+)
+def test_a_table_shows_what_was_measured(name: str, cells: tuple[str, str]) -> None:
+    assert (name, *cells) in table_rows(measured())
 
 
 def test_a_table_has_source_before_merged() -> None:
@@ -98,6 +151,31 @@ def test_a_table_has_source_before_merged() -> None:
     assert rows["accuracy, letters"] == ("25.0% [20.0, 30.5]", "30.0% [20.0, 30.5]")
     assert rows["perplexity on en text"] == ("31.22", "1e+05")
     assert rows["KL from the source on en text"] == ("0", "0.046")
+
+
+def test_a_table_says_how_often_each_letter_was_chosen() -> None:
+    rows = {row[0]: row[1:] for row in table_rows(results())}
+    assert rows["chosen A/B/C/D, letters"] == ("37/1/2/0", "37/1/2/0")
+
+
+def test_a_difference_has_its_interval_and_p_value() -> None:
+    rows = {row[0]: row[1:] for row in table_rows(results())}
+    assert rows["difference, letters"] == ("", "+5.0 [-2.1, +10.0], p = 0.73")
+
+
+def test_groups_are_listed_where_there_are_several() -> None:
+    tables = group_tables(results())
+    assert [row[0] for row in tables["accuracy by group (questions), letters"]] == [
+        "language law (40)",
+        "language math (41)",
+        "subject law (40)",
+        "subject math (41)",
+    ]
+
+
+def test_every_accuracy_of_a_group_has_its_interval() -> None:
+    for rows in group_tables(results()).values():
+        assert {cell for row in rows for cell in row[1:]} == {accuracy(RATE)}
 
 
 def test_a_table_without_costs_has_no_costs() -> None:
