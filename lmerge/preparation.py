@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from lmerge.data.module import MMLUDataModule
 from lmerge.files import one_line
 from lmerge.information import InformationConfig
 from lmerge.llama import decoder_layers, head_dim, layer_tensors, num_layers
-from lmerge.plan import MergePlan, PlanMethod, check_plan, make_plan
+from lmerge.plan import PLAN_METHODS, MergePlan, PlanMethod, check_plan, make_plan
 from lmerge.runs import RunState, read_plan, read_run, with_refits_of
 from lmerge.search import Candidate, SearchMethod, search_plan
 from lmerge.similarity import Measure, similarity_matrix
@@ -44,7 +45,7 @@ def saved_state(
     saved = read_checkpoint(Path(ckpt_path)) if ckpt_path and Path(ckpt_path).is_file() else None
     if stage == "fit":
         # Alphas come from the checkpoint; refits of an earlier end of training do not.
-        return saved or replace(read_run(run_dir), refits=None)
+        return saved or replace(read_run(run_dir), refits=None, kept_refits={})
     if saved is None:
         state = read_run(run_dir)
         if state.alphas is None:
@@ -152,11 +153,12 @@ def choose_plan(
         "source": model_fingerprint(source),
         "calibration": data.fingerprints["val"],
     }
-    if method != "block_repaired" or not num_removed:
+    if method in PLAN_METHODS or not num_removed:
         plain: PlanMethod = "tail" if method == "tail" else "block"
         return make_plan(similarity_LL, num_removed, plain, **provenance), []
     blocks_BT, held_B = data.calibration_blocks(), data.held_out()
-    candidates = search_plan(source, blocks_BT, held_B, num_removed, method)
-    groups = (candidates[0].group,)
+    search = cast(SearchMethod, method)
+    candidates = search_plan(source, blocks_BT, held_B, num_removed, search)
+    groups = candidates[0].groups
     plan = MergePlan(num_layers=num_layers(source), groups=groups, method=method, **provenance)
     return plan, candidates
