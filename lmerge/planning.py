@@ -56,7 +56,7 @@ class PlanningTrainer(Trainer):
         if memory:
             print_memory(self, model, datamodule, num_processes)
             return
-        self.datamodule = datamodule  # type: ignore[attr-defined]
+        self.datamodule = datamodule
         model.trainer = self
         plan = model.prepare().plan
         print_plan(plan, {str(c.group.members): c.kl for c in model.candidates})
