@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +129,8 @@ class ScaledLayer(nn.Module):
 
     def tensors(self) -> LayerTensors:
         """Return the tensors that the layer has now."""
-        return {**self.base, **{name: self.scaled[name].weight() for name in MATRICES}}
+        scaled = {name: cast(ScaledLinear, self.scaled[name]).weight() for name in MATRICES}
+        return {**self.base, **scaled}
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.inner(hidden_states, *args, **kwargs)
