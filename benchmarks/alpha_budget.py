@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmerge.align import Orders, align_group
+from lmerge.align import Orders
 from lmerge.alphas import AlphaConfig
 from lmerge.cache import StateCache, keep_states
 from lmerge.data.module import MMLUDataModule
 from lmerge.data.records import ChoiceBatch
 from lmerge.data.text import read_text, token_blocks
 from lmerge.divergence import Targets, source_targets
+from lmerge.groups import align_members
+from lmerge.information import InformationConfig
 from lmerge.llama import (
     decoder_layers,
     head_spec,
@@ -41,11 +43,11 @@ class Shared:
     def __init__(self, folder: Path, name: str, questions: str) -> None:
         self.folder, self.name, self.questions = folder, name, questions
         self.source = load_model(name, "float32").requires_grad_(False)
-        self.data = self.data_of("fit", num_calibration_tokens=12_288, num_prompts=20)
+        self.data = self.data_of("fit", num_calibration_tokens=8_192, num_prompts=20)
         text_ids = self.data.tokenizer(read_text("bank", split="test"))["input_ids"]
         held_NT = self.data.calibration_blocks()[self.data.held_out()]
         self.held = self.data.held_out().nonzero().flatten()
-        self.text_BT = torch.cat([held_NT, token_blocks(text_ids, 256)[:16]])
+        self.text_BT = torch.cat([held_NT, token_blocks(text_ids, 256)[:12]])
         """Held-out blocks, then blocks to report on."""
 
     def data_of(self, stage: str, **options: Any) -> MMLUDataModule:
@@ -59,14 +61,16 @@ class Shared:
         """Angular similarity of the layers on calibration prompts."""
         path = self.folder / "similarity.json"
         if not path.is_file():
-            found = similarity_by_domain(self.source, self.data, "angular", "last")["all"]
+            found = similarity_by_domain(
+                self.source, self.data, "angular", "last", InformationConfig()
+            )["all"]
             path.write_text(json.dumps(found.tolist()))
         return torch.tensor(json.loads(path.read_text()), dtype=torch.float64)
 
     @cached_property
     def choices(self) -> list[ChoiceBatch]:
-        """MMLU test questions, five a subject of the study's domains, zero-shot."""
-        data = self.data_of("test", max_questions=5, eval_text=None)
+        """MMLU test questions, three a subject of the study's domains, zero-shot."""
+        data = self.data_of("test", max_questions=3, eval_text=None)
         return [b for b in data.test_dataloader() if isinstance(b, ChoiceBatch)]
 
 
@@ -84,9 +88,15 @@ class Budget:
         if not path.is_file():
             blocks_BT, held_B = data.calibration_blocks(), data.held_out()
             found = search_plan(
-                source, blocks_BT, held_B, self.removed, "block_repaired", num_fit_tokens=3072
+                source,
+                blocks_BT,
+                held_B,
+                self.removed,
+                "block_repaired",
+                num_fit_tokens=1536,
+                num_held_tokens=512,
             )
-            plan = MergePlan(num_layers=num_layers(source), groups=(found[0].group,))
+            plan = MergePlan(num_layers=num_layers(source), groups=found[0].groups)
             write_plan(self.folder, plan)
         return read_plan(path)
 
@@ -95,7 +105,7 @@ class Budget:
         raw = [layer_tensors(decoder_layers(source)[i]) for i in group.members]
         framed = members_in_one_frame(raw, [None] * len(raw), group.anchor_position)
         layers = dict(zip(group.members, framed, strict=True))
-        return align_group(group, layers, "weights", head_spec(source.config))
+        return align_members(group.anchor, layers, "weights", head_spec(source.config))
 
     def states(self, token_BT: Tensor) -> StateCache:
         """Return the states of the source, from disk after the first time."""

@@ -26,13 +26,8 @@ from lmerge.figures import (
     similarity_figure,
 )
 from lmerge.files import provenance, write_json
-from lmerge.gate import (
-    PROMPTS,
-    check_gate,
-    gate_notes,
-    gate_rows,
-    generation_sanity,
-)
+from lmerge.gate import check_gate, gate_notes, gate_rows
+from lmerge.generation import PROMPTS, generation_sanity
 from lmerge.heal import HealConfig, heal
 from lmerge.module import AlphaModule
 from lmerge.progress import track
@@ -210,6 +205,8 @@ def finish_evaluation(trainer: Trainer, module: AlphaModule, stage: str) -> None
         stage,
         {"source": module.source_name, "fingerprints": data.fingerprints, **module.results},
     )
+    if module.journal is not None:
+        module.journal.remove()
     rows = table_rows(module.results) + gate_rows(module.checks)
     for title, groups in group_tables(module.results).items():
         print_table(groups, f"{module.source_name}: {stage}, {title}")

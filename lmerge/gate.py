@@ -4,20 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-
-PROMPTS = (
-    "The history of the city begins",
-    "Water boils at",
-    "She opened the door and",
-    "The main purpose of a contract is",
-)
-"""Starts of the greedy continuations; nothing is chosen on them."""
 
 EXIT_CODE = 3
 """Exit code of a run whose merged model fails the gate; 2 is a user's mistake."""
@@ -109,40 +96,3 @@ def _at_most(name: str, value: float, limit: float | None) -> list[Check]:
 
 def _at_least(name: str, value: float, limit: float | None) -> list[Check]:
     return [] if limit is None else [Check(name, value, limit, value >= limit)]
-
-
-@torch.no_grad()
-def generation_sanity(
-    model: PreTrainedModel, prompts: Sequence[Tensor], *, num_tokens: int = 48
-) -> dict[str, float]:
-    """Return `distinct` (distinct-2) and `loops` of greedy continuations.
-
-    Args:
-        model: A causal language model in eval mode.
-        prompts: Token ids (T,) of each prompt.
-        num_tokens: Tokens to generate for each; an end-of-text token does not stop it.
-    """
-    texts = [greedy(model, prompt_T, num_tokens) for prompt_T in prompts]
-    bigrams = [pair for text in texts for pair in pairwise(text)]
-    loops = sum(ends_in_loop(text) for text in texts) / len(texts)
-    return {"distinct": len(set(bigrams)) / len(bigrams), "loops": loops}
-
-
-def greedy(model: PreTrainedModel, prompt_T: Tensor, num_tokens: int) -> list[int]:
-    """Return the most probable continuation, token by token."""
-    token_BT, cache = prompt_T[None].to(model.device), None
-    text: list[int] = []
-    for _ in range(num_tokens):
-        out = model(input_ids=token_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, token_BT = out.past_key_values, out.logits[:, -1].argmax(dim=-1, keepdim=True)
-        text.append(int(token_BT))
-    return text
-
-
-def ends_in_loop(text: Sequence[int], *, max_period: int = 8, num_repeats: int = 3) -> bool:
-    """Return whether a text ends in a phrase of at most `max_period` tokens, said over and over."""
-    for period in range(1, min(max_period, len(text) // num_repeats) + 1):
-        tail = list(text[-period * num_repeats :])
-        if tail == tail[:period] * num_repeats:
-            return True
-    return False

@@ -17,6 +17,7 @@ from lmerge.alphas import NEEDS_SIMILARITY, AlphaConfig
 from lmerge.cache import StateCache, keep_states
 from lmerge.checkpoints import checkpoint_state
 from lmerge.information import InformationConfig
+from lmerge.kept import kept_plan
 from lmerge.llama import num_layers
 from lmerge.losses import LossConfig, letter_prompts
 from lmerge.merged import MergedLlama
@@ -62,8 +63,8 @@ class AlphaModule(SideBySide):
         alpha: What the alphas can express and where they start.
         loss: What the alphas are trained on.
         num_positions: Positions of each calibration block that the KL loss looks at; 0 is all.
-        cache_dir: Folder where the source's states on the calibration blocks are kept on disk, for
-            other runs too; null for the run's own.
+        cache_dir: Folder where the plan, the neuron orders and the source's states on the
+            calibration blocks are kept, for other runs too; null for the run's own.
         cache_memory: States up to this size stay in memory, larger ones are mapped from disk; in
             GiB, at least 0. With `cache_dir` they are always on disk.
         dtype: Dtype of the weights; `auto` keeps the checkpoint's.
@@ -171,17 +172,24 @@ class AlphaModule(SideBySide):
             self.trainer.limit_train_batches = 0  # nothing merges, so nothing is to be learned
 
     def _planned(self) -> RunState:
-        made = self._make_plan() if self.trainer.is_global_zero else None
+        made = self._kept_plan() if self.trainer.is_global_zero else None
         return RunState(plan=cast(MergePlan, self.trainer.strategy.broadcast(made)))
+
+    def _kept_plan(self) -> MergePlan:
+        if self.cache_dir is None:
+            return self._make_plan()
+        how = (self.num_removed, self.plan_method, self.measure, self.information, self.pooling)
+        prompts = [p for prompts in self.data().calibration_prompts().values() for p in prompts]
+        tokens = (*prompts, self.data().calibration_blocks(), self.data().held_out())
+        return kept_plan(
+            self.cache_dir, model_fingerprint(self.source), how, tokens, self._make_plan
+        )
 
     def _make_plan(self) -> MergePlan:
         self._measure_similarity()
+        source, data, similarity_LL = self.source, self.data(), self.similarity_LL["all"]
         plan, self.candidates = choose_plan(
-            self.source,
-            self.data(),
-            self.num_removed,
-            self.plan_method,
-            self.similarity_LL["all"],
+            source, data, self.num_removed, self.plan_method, similarity_LL
         )
         return plan
 
@@ -203,8 +211,7 @@ class AlphaModule(SideBySide):
             return
         state = self.prepare()
         similarity_LL = self._start_similarity()
-        merged = MergedLlama(self.source, state.plan, state.orders, self.alpha, similarity_LL)
-        self.merged = merged
+        self.merged = MergedLlama(self.source, state.plan, state.orders, self.alpha, similarity_LL)
         if state.alphas is not None:
             self.merged.set_alphas(state.alphas)
         if state.refits is not None:
@@ -217,11 +224,6 @@ class AlphaModule(SideBySide):
                 message = "layers split over %d processes: %.1f of %.1f MB on each"
                 sizes = (bytes_ / 1e6 for bytes_ in held)
                 logger.info(message, self.device_mesh["data_parallel"].size(), *sizes)
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether FSDP2 splits the frozen layers over the processes."""
-        return self.device_mesh is not None
 
     # Training.
 
@@ -295,9 +297,8 @@ class AlphaModule(SideBySide):
         """Go back to the last alphas with a finite loss; returns whether there are any."""
         if not self._good:
             return False
-        for parameter, good in zip(
-            self.merged.alpha_parameters().values(), self._good, strict=True
-        ):
+        parameters = self.merged.alpha_parameters().values()
+        for parameter, good in zip(parameters, self._good, strict=True):
             parameter.data.copy_(good)
         return True
 
@@ -305,8 +306,7 @@ class AlphaModule(SideBySide):
         for parameter in self.merged.alpha_parameters().values():
             if not parameter.isfinite().all():
                 raise ValueError(
-                    "the alphas became NaN or infinite in training. Lower the learning rate, or "
-                    "resume from the last checkpoint."
+                    "the alphas became NaN or infinite in training. Lower the learning rate."
                 )
 
     # Checkpoints: alphas, plan and orders, not the frozen weights.

@@ -46,10 +46,10 @@ class RunState:
     """Refitted tensors of layers that are in no group."""
 
 
-def write_plan(run_dir: Path, plan: MergePlan) -> None:
-    """Write plan.json."""
+def write_plan(run_dir: Path, plan: MergePlan, path: Path | None = None) -> None:
+    """Write plan.json (or `path`)."""
     data = {**plan_to_dict(plan), "provenance": provenance()}
-    write_json(run_dir / "plan.json", data, schema=PLAN_SCHEMA)
+    write_json(path or run_dir / "plan.json", data, schema=PLAN_SCHEMA)
 
 
 def read_plan(path: Path) -> MergePlan:

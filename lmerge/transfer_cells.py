@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -94,11 +95,15 @@ class Study:
             blocks_BT = self.texts[name].blocks_BT
             found = search_plan(self.source, blocks_BT, self.held_B, num_removed, rule)
             return found[0].groups[0]
+        return similar_group(self._layer_states(name), rule, num_removed, self.information)
+
+    def _layer_states(self, name: str) -> Tensor:
+        if name == MIXED:
+            return torch.cat([self._layer_states(domain) for domain in self.domains], dim=1)
         if name not in self._states:
-            self._states = {  # those of one text at a time
-                name: layer_states(self.source, self.texts[name].prompts, pooling=self.pooling)
-            }
-        return similar_group(self._states[name], rule, num_removed, self.information)
+            prompts = self.texts[name].prompts
+            self._states[name] = layer_states(self.source, prompts, pooling=self.pooling)
+        return self._states[name]
 
     def measure(self) -> None:
         """Measure the source and every refitted model on all domains, lowest blocks first.

@@ -5,7 +5,8 @@ import pytest
 from conftest import tiny_model
 from models import tokens
 
-from lmerge.gate import GateConfig, check_gate, ends_in_loop, gate_notes, greedy
+from lmerge.gate import GateConfig, check_gate, gate_notes
+from lmerge.generation import ends_in_loop, greedy
 
 
 def results(ppl: float = 31.0, kl: float = 0.1, accuracy: float = 0.25) -> dict[str, Any]:
@@ -57,10 +58,12 @@ def test_endless_repetition_is_seen(text: list[int], loops: bool) -> None:
     assert ends_in_loop(list(text)) is loops
 
 
-def test_greedy_with_a_cache_is_greedy_without() -> None:
-    model, token_BT = tiny_model(), tokens(num_rows=1)
-    slow = model.generate(token_BT, max_new_tokens=8, do_sample=False, eos_token_id=None)
-    assert greedy(model, token_BT[0], 8) == slow[0, token_BT.shape[1] :].tolist()
+def test_greedy_with_a_cache_and_padding_is_greedy_without() -> None:
+    model, token_BT = tiny_model(), tokens(num_rows=2)
+    prompts = [token_BT[0], token_BT[1, :5]]
+    for prompt_T, found in zip(prompts, greedy(model, prompts, 8), strict=True):
+        slow = model.generate(prompt_T[None], max_new_tokens=8, do_sample=False, eos_token_id=None)
+        assert found == slow[0, len(prompt_T) :].tolist()
 
 
 def test_an_impossible_limit_is_refused() -> None:
