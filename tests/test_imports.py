@@ -51,6 +51,7 @@ ORDER = (
     "sharding",
     "cache",
     "prefix",
+    "grouped",
     "score",
     "indexed",
     "memory",
