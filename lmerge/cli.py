@@ -1,4 +1,4 @@
-"""The command line: LightningCLI's `fit`, `validate` and `test` around a run folder."""
+"""The command line: LightningCLI's `fit`, `validate` and `test` around a run folder, and more."""
 
 from __future__ import annotations
 
@@ -25,9 +25,15 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lmerge.alignment import HungarianAlignment
 from lmerge.callbacks import Artefacts, ExportCheckpoint, Repair
 from lmerge.data.module import MMLUDataModule
+from lmerge.estimate import Work, duration, estimate_seconds, measure_speed
 from lmerge.files import write_text
 from lmerge.gate import EXIT_CODE, GateConfig
 from lmerge.module import AlphaModule
+from lmerge.planning import PlanningTrainer
+from lmerge.search import SEARCHES
+from lmerge.stopping import StopTogether
+
+logger = logging.getLogger(__name__)
 
 WandbMode = Literal["offline", "online", "disabled"]
 
@@ -45,6 +51,7 @@ OWN_FILES = (
     "logs",
     "model",
     "cache",
+    "journal",
 )
 """What a run leaves in its folder; a new run in the same folder starts by removing it."""
 
@@ -116,6 +123,7 @@ class CLI(LightningCLI):
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
             "validate": {"model", "dataloaders", "datamodule"},
             "test": {"model", "dataloaders", "datamodule"},
+            "plan": {"model", "datamodule"},
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -148,10 +156,14 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer")
+        if self.subcommand == "plan":  # on what is here, whatever the fit is meant for
+            kind = "cpu" if config.get("accelerator") == "cpu" else "auto"
+            here = {"accelerator": kind, "devices": 1, "num_nodes": 1, "strategy": "auto"}
+            return super().instantiate_trainer(**here, logger=False, **kwargs)
         run_dir = Path(self._get(self.config_init, "run_dir"))
         if config.get("logger") in (None, True):
             kwargs["logger"] = self._loggers(run_dir)
-        callbacks = list(config.get("callbacks") or [])
+        callbacks = [*(config.get("callbacks") or []), StopTogether()]
         has_own = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
         wanted = self.subcommand == "fit" and config.get("enable_checkpointing") is not False
         if wanted and not has_own:
@@ -194,17 +206,45 @@ class CLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Check data and model; only then the run folder is made, or emptied to be replaced."""
+        if self.subcommand == "plan":
+            if not self._get(self.config_init, "memory"):
+                self.datamodule.setup("fit")
+                self.model.check("fit", None)
+            return
         ckpt_path = self._get(self.config, "ckpt_path")
         self.model.gate = self._get(self.config_init, "gate")
         self.datamodule.setup(self.subcommand)
         self.model.check(self.subcommand, ckpt_path)
         if self.subcommand == "fit" and not ckpt_path:
             remove_run(self.model.run_dir)
+        if self.subcommand == "fit":
+            self._announce()
         self.model.run_dir.mkdir(parents=True, exist_ok=True)
+
+    @rank_zero_only
+    def _announce(self) -> None:
+        """Say how long the fit will take, before it starts."""
+        model, data = self.model, self.datamodule
+        repair: Repair = self._get(self.config_init, "repair")
+        searched = model.plan_path is None and model.plan_method in SEARCHES
+        work = Work(
+            num_tokens=data.calibration_blocks().numel(),
+            num_removed=model.num_removed,
+            search=str(model.plan_method) if searched else "",
+            num_steps=max(0, self.trainer.max_steps),
+            step_tokens=data.batch_size * data.block_size,
+            repair=repair.config,
+            heal=repair.heal,
+            block_size=data.block_size,
+        )
+        seconds = estimate_seconds(model.source, work, measure_speed(model.source))
+        logger.info("estimated time: about %s, then the evaluation", duration(seconds))
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         # Nothing is unpickled: a checkpoint holds tensors and plain values.
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "plan":
+            return kwargs
         return {**kwargs, "weights_only": kwargs.get("weights_only") is not False}
 
     def after_fit(self) -> None:
@@ -261,9 +301,11 @@ def _quiet() -> None:
 
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "compare": ("lmerge.compare", "compare"),
     "similarity": ("lmerge.similarity_study", "run_similarity"),
     "transfer": ("lmerge.transfer_study", "run_transfer"),
     "sweep": ("lmerge.sweep", "sweep"),
+    "export": ("lmerge.export_run", "export"),
     "diff": ("lmerge.diff", "diff"),
 }
 """Commands beside fit, validate and test: name -> (module, function), imported when called.
@@ -281,12 +323,18 @@ def main(args: list[str] | None = None) -> None:
         if args and args[0] in COMMANDS:
             _run_command(args[0], args[1:])
         else:
-            _run_lightning(args)
+            _run_lightning([_as_switch(*pair) for pair in zip(args, [*args[1:], ""], strict=True)])
     except ValueError as error:
         if os.environ.get("LMERGE_TRACEBACK"):
             raise
         sys.stderr.write(f"lmerge: error: {' '.join(str(error).split())}\n")
         sys.exit(2)
+
+
+def _as_switch(arg: str, following: str) -> str:
+    """Let `--memory` of `lmerge plan` stand alone."""
+    alone = arg == "--memory" and following.lower() not in ("true", "false")
+    return "--memory=true" if alone else arg
 
 
 def _run_command(name: str, args: list[str]) -> None:
@@ -304,6 +352,7 @@ def _run_lightning(args: list[str]) -> None:
         cli = CLI(
             AlphaModule,
             MMLUDataModule,
+            trainer_class=PlanningTrainer,
             save_config_callback=WriteConfig,
             parser_class=Parser,
             seed_everything_default=0,

@@ -82,15 +82,15 @@ def matching_figure(before: Mapping[int, Tensor], after: Mapping[int, Tensor]) -
 
 
 def search_figure(candidates: Sequence[Candidate]) -> Figure:
-    """Return what each candidate block costs after its refit, by its first layer."""
+    """Return what each candidate plan costs after its refits, by its first merged layer."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axis = figure.subplots()
     best, *others = sorted(candidates, key=lambda candidate: candidate.kl)
-    axis.bar([c.group.start for c in others], [c.kl for c in others], color="lightgrey")
-    axis.bar([best.group.start], [best.kl], color="steelblue", label="chosen")
-    removed = len(best.group.members) - 1
+    axis.bar([c.groups[0].start for c in others], [c.kl for c in others], color="lightgrey")
+    axis.bar([best.groups[0].start], [best.kl], color="steelblue", label="chosen")
+    removed = sum(len(group.members) - 1 for group in best.groups)
     axis.set(
-        xlabel=f"first layer of the block of {removed + 1} that becomes one",
+        xlabel=f"first merged layer of a plan that removes {removed}",
         ylabel="KL from the source (nats/token)",
         yscale="log",
     )

@@ -26,12 +26,8 @@ from lmerge.agreement_table import Row, as_record, table_csv, table_markdown
 from lmerge.data.batching import sample_prompts
 from lmerge.data.questions import fingerprint, load_questions, resolve_domains
 from lmerge.figures import save, similarity_figure
-from lmerge.files import (
-    atomic_folder,
-    provenance,
-    write_json,
-    write_text,
-)
+from lmerge.files import provenance, write_json, write_text
+from lmerge.folders import atomic_folder
 from lmerge.information import InformationConfig
 from lmerge.progress import track
 from lmerge.similarity import Measure, similarity_matrix

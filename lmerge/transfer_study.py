@@ -20,7 +20,6 @@ from lmerge.files import provenance, read_json, write_json, write_text
 from lmerge.information import InformationConfig
 from lmerge.llama import num_layers
 from lmerge.plan import check_num_removed
-from lmerge.search import SearchMethod
 from lmerge.similarity import Measure
 from lmerge.source import Dtype, load_model, load_tokenizer, model_fingerprint
 from lmerge.transfer import Rule
@@ -55,7 +54,7 @@ def run_transfer(
     languages: list[str] = ENGLISH,
     translated: list[str] | None = None,
     extra_domains: dict[str, list[str]] | None = None,
-    rules: list[Measure | SearchMethod] = RULES,
+    rules: list[Rule] = RULES,
     num_removed: list[int] = REMOVED,
     information: InformationConfig = InformationConfig(),  # noqa: B008 - frozen
     num_prompts: int = 40,
@@ -149,7 +148,7 @@ def run_transfer(
 def _check(settings: Mapping[str, Any]) -> None:
     """Raise ValueError on an option out of range, before anything is loaded."""
     for name, allowed in {
-        "rules": (*get_args(Measure), *get_args(SearchMethod)),
+        "rules": (*get_args(Measure), "block_repaired"),
         "calibration_splits": get_args(CalibrationSplit),
     }.items():
         unknown = [value for value in settings[name] if value not in allowed]
