@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -53,20 +53,35 @@ def repaired_blocks(
         held_B: Which of them are held out (bool).
         num_removed: Layers that the block loses.
     """
+    return repaired_blocks_of(source, token_BT, held_B, [num_removed])[num_removed]
+
+
+@torch.no_grad()
+def repaired_blocks_of(
+    source: PreTrainedModel, token_BT: Tensor, held_B: Tensor, numbers: Sequence[int]
+) -> dict[int, list[Candidate]]:
+    """Return the candidates of `repaired_blocks` for several numbers of layers to lose.
+
+    States and normal equations of a layer are the same for all of them.
+    """
     depth = num_layers(source)
-    check_num_removed(num_removed, depth)
+    for num_removed in numbers:
+        check_num_removed(num_removed, depth)
     fit_states = layer_inputs(source, token_BT[~held_B])
     held_states = layer_inputs(source, token_BT[held_B])
     logp_NV = log_probabilities(source, normed_output(source, held_states[-1], depth))
-    candidates = []
-    for first in track(range(depth - num_removed), "plan search", total=depth - num_removed):
-        stop = first + num_removed + 1
-        layer = BlockRefits(source, first, fit_states[first]).toward(fit_states[stop])
-        kl = kl_of(
-            source, run_part(layers_above(source, layer, first, stop), held_states[first]), logp_NV
-        )
-        candidates.append(Candidate((_block(first, stop),), kl))
-    return _best_first(candidates)
+    found: dict[int, list[Candidate]] = {num_removed: [] for num_removed in numbers}
+    num_first = depth - min(numbers)
+    for first in track(range(num_first), "plan search", total=num_first):
+        refits = BlockRefits(source, first, fit_states[first])
+        for num_removed in numbers:
+            stop = first + num_removed + 1
+            if stop > depth:
+                continue
+            above = layers_above(source, refits.toward(fit_states[stop]), first, stop)
+            kl = kl_of(source, run_part(above, held_states[first]), logp_NV)
+            found[num_removed].append(Candidate((_block(first, stop),), kl))
+    return {num_removed: _best_first(candidates) for num_removed, candidates in found.items()}
 
 
 def _block(first: int, stop: int) -> Group:
