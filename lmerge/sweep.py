@@ -121,6 +121,7 @@ class Runner:
         more = True
         try:
             with Live(console=self.console, auto_refresh=False) as live:
+                live.update(results_table(self.config, self.trials, count, jobs))
                 while redo or self.running or (more and len(self.trials) < count):
                     free = len(self.running) < jobs
                     if free and redo:

@@ -73,7 +73,8 @@ def run_transfer(
 
     Args:
         source: Model: hub id, local folder, GGUF file or alias.
-        out_dir: Folder of the results; cells that are there are not computed again.
+        out_dir: Folder of the results; cells that are there are not computed again, so that rules
+            and numbers may be added.
         questions: Where the questions are, as in `fit --data.questions`.
         domains: Domains to compare.
         languages: ISO 639-1 codes of the languages to compare.
@@ -135,7 +136,9 @@ def run_transfer(
         "questions": sides.fingerprints(),
         "settings": settings,
     }
-    with _folder(out_dir, made_of, overwrite=overwrite):
+    # Cells hold for other rules and numbers too, which a later call may add.
+    cells = {key: value for key, value in settings.items() if key not in ("rules", "num_removed")}
+    with _folder(out_dir, {**made_of, "settings": cells}, overwrite=overwrite):
         study = Study(model, texts, out_dir, information, pooling)
         study.make_plans(rules, num_removed)
         study.measure()
