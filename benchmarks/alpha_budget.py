@@ -37,14 +37,15 @@ from lmerge.plan import MergePlan, make_plan
 from lmerge.preparation import similarity_by_domain
 from lmerge.progress import track
 from lmerge.runs import read_plan, write_plan
+from lmerge.search import SearchMethod, search_plan
 from lmerge.source import load_model
 
 
 class Shared:
     """What all budgets share: source, data, similarity and texts."""
 
-    def __init__(self, folder: Path, name: str, questions: str) -> None:
-        self.folder, self.name, self.questions = folder, name, questions
+    def __init__(self, folder: Path, name: str, questions: str, plan: str) -> None:
+        self.folder, self.name, self.questions, self.plan = folder, name, questions, plan
         self.source = load_model(name, "float32").requires_grad_(False)
         self.data = self.data_of("fit", num_calibration_tokens=6_144, num_prompts=16)
         text_ids = self.data.tokenizer(read_text("bank", split="test"))["input_ids"]
@@ -116,9 +117,16 @@ class Budget:
         self.orders = self._orders()
 
     def _plan(self) -> MergePlan:
-        path = self.folder / "plan.json"
-        if not path.is_file():
-            write_plan(self.folder, make_plan(self.shared.similarity, self.removed, "block"))
+        path, shared = self.folder / "plan.json", self.shared
+        if not path.is_file() and shared.plan == "block":
+            write_plan(self.folder, make_plan(shared.similarity, self.removed, "block"))
+        elif not path.is_file():
+            blocks_BT, held_B = shared.data.calibration_blocks(), shared.data.held_out()
+            sizes = {"num_fit_tokens": 2048, "num_held_tokens": 512}
+            method: SearchMethod = "block_repaired"
+            found = search_plan(shared.source, blocks_BT, held_B, self.removed, method, **sizes)
+            groups, depth = found[0].groups, num_layers(shared.source)
+            write_plan(self.folder, MergePlan(num_layers=depth, groups=groups, method=method))
         return read_plan(path)
 
     def _orders(self) -> Orders:
