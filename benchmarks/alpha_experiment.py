@@ -3,12 +3,12 @@
     python benchmarks/alpha_experiment.py --questions ../shared/data/mmlu --minutes 8   (repeat)
     python benchmarks/alpha_experiment.py --report
 
-All methods of a budget share one plan (`--plan`), neurons aligned by weights, and calibration blocks
-(MMLU val questions and bundled prose, split val). Gradients train on them; plan and Bayesian search
-look at those that are held out too, and nothing is chosen by what is reported: loss and KL on
-bundled prose of split test, and MMLU test questions, zero-shot. Alphas are measured as they are, and
-most of them after the closed-form refit of the down projection too. Each finished cell is a line of
-cells.jsonl; a second call goes on.
+All methods of a budget share one plan (`--plan`), neurons aligned by weights, and calibration
+blocks (MMLU val questions and bundled prose, split val). Gradients train on them; plan and Bayesian
+search look at those that are held out too, and nothing is chosen by what is reported: loss and KL
+on bundled prose of split test, and MMLU test questions, zero-shot. Alphas are measured as they are,
+and most of them after the closed-form refit of the down projection too. Each finished cell is a
+line of cells.jsonl; a second call goes on.
 """
 
 from __future__ import annotations
