@@ -10,7 +10,7 @@ export WANDB_MODE ?= offline
 export WANDB_SILENT ?= true
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test check format bench clean
+.PHONY: help setup demo test check format bench fuzz clean
 
 help:  ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,9 @@ format: setup  ## Format the code
 
 bench: setup  ## Run the benchmarks
 	set -e; for script in benchmarks/*.py; do $(BIN)/python $$script; done
+
+fuzz: setup  ## Feed the readers of plans, alphas and questions for two minutes each
+	$(BIN)/python tests/fuzz_readers.py 120
 
 clean:  ## Remove the virtual environment and all runs
 	rm -rf $(VENV) runs

@@ -73,7 +73,7 @@ def move(layer: LayerTensors, motion: Motion | None) -> LayerTensors:
     if isinstance(motion, Blend):
         return blend_neurons(layer, motion)
     if isinstance(motion, Tensor):
-        return reorder_neurons(layer, motion.to(layer["gate_proj"].device))
+        return reorder_neurons(layer, motion)
     return reorder_rows(layer, motion)
 
 

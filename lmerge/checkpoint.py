@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from lmerge.files import atomic_folder, one_line
+from lmerge.files import one_line
+from lmerge.folders import atomic_folder
 from lmerge.llama import SUPPORTED
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,8 @@ logger = logging.getLogger(__name__)
 QUIET_BYTES = 4 * 2**30
 """Checkpoints below this size are read or written within seconds, without a progress bar."""
 
-SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 CONVERSION = 1
@@ -67,15 +69,43 @@ def check_config(source: str, folder: Path) -> None:
 
 def check_weights(source: str, folder: Path) -> None:
     """Refuse a folder without weights in safetensors."""
-    if any((folder / name).is_file() for name in SAFE_WEIGHTS):
+    if (folder / SINGLE).is_file():
+        return
+    if (folder / INDEX).is_file():
+        read_index(source, folder)
         return
     pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
     found = f"only the pickle {pickles[0]}, which can run code" if pickles else "none"
     raise ValueError(
-        f"`source` must have its weights in {SAFE_WEIGHTS[0]}, got {source!r} with {found}. "
+        f"`source` must have its weights in {SINGLE}, got {source!r} with {found}. "
         "Convert a checkpoint that you trust once: AutoModelForCausalLM.from_pretrained(OLD, "
         "use_safetensors=False).save_pretrained(NEW)."
     )
+
+
+def read_index(source: str, folder: Path) -> dict[str, str]:
+    """Return the index of a sharded checkpoint: weight -> file of the same folder.
+
+    Raises:
+        ValueError: When it is malformed, or names a file outside the folder or one that is missing.
+    """
+    with loading(source, INDEX):
+        names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        if not isinstance(names, dict) or not all(isinstance(f, str) for f in names.values()):
+            raise TypeError("`weight_map` must give a file for each weight")
+    for file in sorted(set(names.values())):
+        # A name, not a path: an index may not reach out of its folder.
+        if file != Path(file).name or "\\" in file or not file.endswith(".safetensors"):
+            raise ValueError(
+                f"`source` must have an index that names safetensors files of its own folder, got "
+                f"{file!r} in {INDEX} of {source!r}. Get a fresh copy of it from where you trust."
+            )
+        if not (folder / file).is_file():
+            raise ValueError(
+                f"`source` must hold all files that its index names, got {source!r} without {file}."
+                " Get a fresh copy of it."
+            )
+    return names
 
 
 def load_whole(source: str, folder: Path, *, bars: bool = False, **options: Any) -> PreTrainedModel:

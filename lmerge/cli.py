@@ -25,11 +25,15 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lmerge.alignment import HungarianAlignment
 from lmerge.callbacks import Artefacts, ExportCheckpoint, Repair
 from lmerge.data.module import MMLUDataModule
+from lmerge.estimate import Work, duration, estimate_seconds, measure_speed
 from lmerge.files import write_text
 from lmerge.gate import EXIT_CODE, GateConfig
 from lmerge.module import AlphaModule
 from lmerge.planning import PlanningTrainer
+from lmerge.search import SEARCHES
 from lmerge.stopping import StopTogether
+
+logger = logging.getLogger(__name__)
 
 WandbMode = Literal["offline", "online", "disabled"]
 
@@ -47,6 +51,7 @@ OWN_FILES = (
     "logs",
     "model",
     "cache",
+    "journal",
 )
 """What a run leaves in its folder; a new run in the same folder starts by removing it."""
 
@@ -212,7 +217,28 @@ class CLI(LightningCLI):
         self.model.check(self.subcommand, ckpt_path)
         if self.subcommand == "fit" and not ckpt_path:
             remove_run(self.model.run_dir)
+        if self.subcommand == "fit":
+            self._announce()
         self.model.run_dir.mkdir(parents=True, exist_ok=True)
+
+    @rank_zero_only
+    def _announce(self) -> None:
+        """Say how long the fit will take, before it starts."""
+        model, data = self.model, self.datamodule
+        repair: Repair = self._get(self.config_init, "repair")
+        searched = model.plan_path is None and model.plan_method in SEARCHES
+        work = Work(
+            num_tokens=data.calibration_blocks().numel(),
+            num_removed=model.num_removed,
+            search=str(model.plan_method) if searched else "",
+            num_steps=max(0, self.trainer.max_steps),
+            step_tokens=data.batch_size * data.block_size,
+            repair=repair.config,
+            heal=repair.heal,
+            block_size=data.block_size,
+        )
+        seconds = estimate_seconds(model.source, work, measure_speed(model.source))
+        logger.info("estimated time: about %s, then the evaluation", duration(seconds))
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         # Nothing is unpickled: a checkpoint holds tensors and plain values.
@@ -275,9 +301,11 @@ def _quiet() -> None:
 
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "compare": ("lmerge.compare", "compare"),
     "similarity": ("lmerge.similarity_study", "run_similarity"),
     "transfer": ("lmerge.transfer_study", "run_transfer"),
     "sweep": ("lmerge.sweep", "sweep"),
+    "export": ("lmerge.export_run", "export"),
     "diff": ("lmerge.diff", "diff"),
 }
 """Commands beside fit, validate and test: name -> (module, function), imported when called.

@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from lmerge.checkpoint import QUIET_BYTES, loading, quiet
-from lmerge.files import atomic_folder, write_text, writing
+from lmerge.files import write_text, writing
+from lmerge.folders import atomic_folder
 from lmerge.llama import decoder_layers, num_layers, shallow_copy
 from lmerge.source import ALIASES, HUB_ID
 
@@ -73,18 +74,23 @@ def export_model(
     Raises:
         ValueError: If the folder exists and may not be replaced, or cannot be written.
     """
-    names = [path.name for path in folder.iterdir()] if overwrite and folder.is_dir() else []
-    if names and "config.json" not in names:
-        raise ValueError(
-            f"{folder} must be free or hold a checkpoint to overwrite, got a folder with "
-            f"{min(names)} but no config.json. Choose another path."
-        )
+    check_free(folder, overwrite=overwrite)
     bars = model.get_memory_footprint() > QUIET_BYTES
     with atomic_folder(folder, overwrite=overwrite) as temporary, writing(folder), quiet(bars=bars):
         (temporary / CARD).write_text(card, encoding="utf-8")
         tokenizer.save_pretrained(temporary)
         _with_saved_settings(model).save_pretrained(temporary, max_shard_size=max_shard_size)
         _tidy(temporary)
+
+
+def check_free(folder: Path, *, overwrite: bool) -> None:
+    """Raise ValueError when a checkpoint would replace a folder that holds something else."""
+    names = [path.name for path in folder.iterdir()] if overwrite and folder.is_dir() else []
+    if names and "config.json" not in names:
+        raise ValueError(
+            f"{folder} must be free or hold a checkpoint to overwrite, got a folder with "
+            f"{min(names)} but no config.json. Choose another path."
+        )
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ import math
 import os
 import platform
 import secrets
-import shutil
 import subprocess
 import textwrap
 from collections import Counter
@@ -74,7 +73,7 @@ def read_json(path: Path, *, schema: int) -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file; its folder is made where missing."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -86,7 +85,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         tensors: Any device and layout; tensors that share memory are stored separately.
         metadata: Strings only, as the format has it.
     """
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         mode = temporary.stat().st_mode
         # Copies, since safetensors refuses tensors that share memory.
         copies = {
@@ -113,33 +112,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(
             f"{path} must be a whole safetensors file, got: {one_line(error)}. Make it again."
         ) from error
-
-
-@contextmanager
-def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty folder that becomes `path` when the block ends without an error.
-
-    An error removes it and leaves `path` as it was. With `overwrite` the old folder is moved aside,
-    the new one moved in, and only then the old one deleted; a process killed between the two moves
-    leaves the old folder beside its place, as `.NAME.TOKEN.old`.
-
-    Raises:
-        ValueError: If `path` exists and may not be replaced, or cannot be written.
-    """
-    target = path.expanduser().resolve()
-    _check_replaceable(path, target, overwrite=overwrite)
-    temporary = _sibling(target, "tmp")
-    try:
-        with writing(path):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary.mkdir()
-        yield temporary
-        with writing(path):
-            for file_path in filter(Path.is_file, temporary.rglob("*")):
-                _sync(file_path)
-            _move_in(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
@@ -236,55 +208,34 @@ def _unreadable(path: Path, error: OSError) -> str:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary file that replaces `path` when the block ends without an error."""
-    temporary = _sibling(path, "tmp")
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary file that replaces `path` when the block ends without an error.
+
+    Raises:
+        ValueError: One line where `path` cannot be written.
+    """
+    temporary = sibling(path, "tmp")
     with writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.touch(exist_ok=False)
             yield temporary
-            _sync(temporary)
+            sync(temporary)
             os.replace(temporary, path)
         finally:
             if temporary.exists():
                 temporary.unlink()
 
 
-def _sibling(path: Path, kind: str) -> Path:
+def sibling(path: Path, kind: str) -> Path:
+    """Return a path beside `path` that nobody else uses."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}")
 
 
-def _sync(file_path: Path) -> None:
+def sync(file_path: Path) -> None:
+    """Wait until a file is on the disk."""
     with file_path.open("rb+") as file:
         os.fsync(file.fileno())
-
-
-def _check_replaceable(path: Path, target: Path, *, overwrite: bool) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise ValueError(f"{path} must be a folder or free, got a file. Choose another path.")
-    if not overwrite:
-        raise ValueError(f"{path} already exists. Choose another path, or allow overwriting it.")
-    here = Path.cwd()
-    if target == Path.home() or target == here or target in here.parents:
-        raise ValueError(
-            f"{path} is a folder that people work in, so it is never replaced. Choose another path."
-        )
-
-
-def _move_in(temporary: Path, target: Path) -> None:
-    old = _sibling(target, "old")
-    if target.exists():
-        os.rename(target, old)
-    try:
-        os.rename(temporary, target)
-    except OSError:
-        if old.exists():
-            os.rename(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _git(*arguments: str) -> str | None:

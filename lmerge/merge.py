@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def fold_norms(layer: LayerTensors, norms: LayerTensors) -> LayerTensors:
     norms before their matrices can be averaged (docs/method.md, symmetry 6).
 
     Args:
-        layer: The layer to express in other norms.
+        layer: The layer to express in other norms; matrices may be left out.
         norms: The wanted norm weights (D,), none of them zero.
     """
     folded = dict(layer)
@@ -50,6 +51,8 @@ def fold_norms(layer: LayerTensors, norms: LayerTensors) -> LayerTensors:
         if bool((ratio_D == 1).all()):
             continue
         for name in matrices:
+            if name not in layer:
+                continue
             folded[name] = (layer[name].float() * ratio_D).to(layer[name].dtype)
     return folded
 
@@ -75,13 +78,10 @@ class _Blend(torch.autograd.Function):
     def forward(ctx: Any, alpha: Tensor, weight_GOI: Tensor, axis: int) -> Tensor:
         ctx.save_for_backward(alpha, weight_GOI)
         ctx.axis = axis
-        dtype = _accumulator(weight_GOI)
-        if alpha.ndim == 1 and weight_GOI.dtype == dtype:
-            return (alpha.to(dtype) @ weight_GOI.flatten(1)).view_as(weight_GOI[0])
-        total_OI = torch.zeros_like(weight_GOI[0], dtype=dtype)
-        for alpha_m, weight_OI in zip(alpha, weight_GOI, strict=True):
-            total_OI.addcmul_(weight_OI.to(dtype), _beside(alpha_m, axis))
-        return total_OI.to(weight_GOI.dtype)
+        if alpha.ndim == 1 and weight_GOI.dtype == _accumulator(weight_GOI):
+            summed_X = alpha.to(weight_GOI.dtype) @ weight_GOI.flatten(1)
+            return summed_X.view_as(weight_GOI[0])
+        return weighted_sum(zip(alpha, weight_GOI, strict=True), axis)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -94,6 +94,26 @@ class _Blend(torch.autograd.Function):
         dims = (0, 1) if alpha.ndim == 1 else 1 - ctx.axis
         grad = torch.stack([product.sum(dim=dims) for product in products])
         return grad.to(alpha.dtype), None, None
+
+
+def weighted_sum(terms: Iterable[tuple[Tensor, Tensor]], axis: int) -> Tensor:
+    """Return the sum of alphas times matrices; no more than one term is needed at a time.
+
+    Args:
+        terms: For each member its alpha, () or (S,) along `axis`, and its matrix (O, I).
+        axis: The axis along which alphas of a finer grain run.
+
+    Returns:
+        (O, I) in the matrices' dtype, accumulated in float32 (float64 for float64 matrices).
+    """
+    total_OI, dtype = None, torch.float32
+    for alpha_m, weight_OI in terms:
+        if total_OI is None:
+            dtype = weight_OI.dtype
+            total_OI = torch.zeros_like(weight_OI, dtype=_accumulator(weight_OI))
+        total_OI.addcmul_(weight_OI.to(total_OI.dtype), _beside(alpha_m, axis))
+    assert total_OI is not None
+    return total_OI.to(dtype)
 
 
 def _accumulator(weight: Tensor) -> torch.dtype:
@@ -118,9 +138,10 @@ def blend(weight_GOI: Tensor, alpha: Tensor, axis: int) -> Tensor:
     Returns:
         (O, I) in the weights' dtype, accumulated in float32 (float64 for float64 weights).
     """
-    blended: Tensor = _Blend.apply(
-        expand_alpha(alpha, weight_GOI.shape[1 + axis]), weight_GOI, axis
-    )
+    alpha = expand_alpha(alpha, weight_GOI.shape[1 + axis])
+    if not torch.is_grad_enabled():  # in the order of sums of an export, to the bit
+        return weighted_sum(zip(alpha, weight_GOI, strict=True), axis)
+    blended: Tensor = _Blend.apply(alpha, weight_GOI, axis)
     return blended
 
 
@@ -133,6 +154,12 @@ def merge_group(stacked: LayerTensors, alphas: dict[str, Tensor], anchor: int) -
         anchor: Position of the anchor, whose norm weights the members share.
     """
     merged = {name: blend(stacked[name], alphas[name], ALPHA_AXIS[name]) for name in MATRICES}
+    return {**merged, **merge_vectors(stacked, alphas, anchor)}
+
+
+def merge_vectors(stacked: LayerTensors, alphas: dict[str, Tensor], anchor: int) -> LayerTensors:
+    """Return what `merge_group` returns beside the seven matrices: biases and norms."""
+    merged = {}
     for name, matrix in COMPANION.items():
         if name in stacked:
             by_row = name.endswith(".bias") and ALPHA_AXIS[matrix] == 0

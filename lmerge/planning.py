@@ -59,22 +59,22 @@ class PlanningTrainer(Trainer):
         self.datamodule = datamodule
         model.trainer = self
         plan = model.prepare().plan
-        print_plan(plan, {str(c.group.members): c.kl for c in model.candidates})
+        print_plan(plan, model.candidates[0].kl if model.candidates else None)
         if output is not None:
             write_plan(Path(output).parent, plan, Path(output))
             Console().print(f"written to {output}", markup=False)
 
 
-def print_plan(plan: MergePlan, costs: dict[str, float]) -> None:
-    """Print the groups of a plan, with their KL where a search has measured it."""
+def print_plan(plan: MergePlan, kl: float | None = None) -> None:
+    """Print the groups of a plan, and its KL after a refit where a search has measured it."""
     title = f"{plan.num_layers} layers, {plan.num_removed} removed, by {plan.method or 'hand'}"
+    if kl is not None:
+        title += f"; KL after a refit {kl:.4f}"
     table = Table(title=escape(title), title_justify="left")
-    for name in ("layers", "anchor", "KL after a refit"):
+    for name in ("layers", "anchor"):
         table.add_column(name)
     for group in plan.groups:
-        kl = costs.get(str(group.members))
-        layers = f"{group.members[0]} to {group.members[-1]}"
-        table.add_row(layers, str(group.anchor), "" if kl is None else f"{kl:.4f}")
+        table.add_row(f"{group.members[0]} to {group.members[-1]}", str(group.anchor))
     Console().print(table)
 
 

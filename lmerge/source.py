@@ -13,6 +13,7 @@ import json
 import logging
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -99,13 +100,13 @@ def load_model(source: str, dtype: Dtype = "auto") -> PreTrainedModel:
     if dtype not in get_args(Dtype):
         raise ValueError(f"`dtype` must be one of {', '.join(get_args(Dtype))}, got {dtype!r}.")
     start = time.perf_counter()
-    folder = _checkpoint(source, weights=True)
+    folder = checkpoint_folder(source, weights=True)
     num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     model = load_whole(
         source,
         folder,
         bars=num_bytes > QUIET_BYTES,
-        config=_config(source, folder),
+        config=read_config(source, folder),
         dtype=dtype,
         attn_implementation="sdpa",
         use_safetensors=True,
@@ -119,7 +120,19 @@ def load_model(source: str, dtype: Dtype = "auto") -> PreTrainedModel:
         time.perf_counter() - start,
     )
     model.eval().requires_grad_(False)
+    check_finite(source, model)
     return model
+
+
+def check_finite(source: str, model: PreTrainedModel) -> None:
+    """Raise ValueError when a weight is NaN or infinite; one pass without copies."""
+    for name, parameter in model.named_parameters():
+        low, high = parameter.detach().aminmax()
+        if not bool(torch.isfinite(low) and torch.isfinite(high)):
+            raise ValueError(
+                f"`source` must have finite weights, got NaN or infinity in {name} of {source!r}. "
+                "Get a fresh copy of its files."
+            )
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -128,7 +141,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: If the source is unknown or not supported, or has no tokenizer.
     """
-    folder = _checkpoint(source, weights=False)
+    folder = checkpoint_folder(source, weights=False)
     if not any((folder / name).is_file() for name in TOKENIZERS):
         raise ValueError(
             f"`source` must have a tokenizer beside its config, got {source!r} without any of "
@@ -147,7 +160,7 @@ def load_config(source: str) -> PretrainedConfig:
     Raises:
         ValueError: If the source is unknown or not supported.
     """
-    return _config(source, _checkpoint(source, weights=False))
+    return read_config(source, checkpoint_folder(source, weights=False))
 
 
 def resolve_source(source: str) -> Path | str:
@@ -178,15 +191,25 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     evenly spaced values, as float32, of every parameter. Loading the same weights in a narrower
     dtype rounds them, so it gives another fingerprint.
     """
-    fields = {name: getattr(model.config, name, None) for name in CONFIG_FIELDS}
+    samples = {n: sample(p.detach()) for n, p in model.named_parameters()}
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    return weights_fingerprint(model.config, shapes, samples)
+
+
+def weights_fingerprint(
+    config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]], samples: Mapping[str, Tensor]
+) -> str:
+    """Return `model_fingerprint` from the shape and the `sample` of every parameter."""
+    fields = {name: getattr(config, name, None) for name in CONFIG_FIELDS}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(_sample(parameter.detach()).numpy().tobytes())
+    for name in sorted(shapes):
+        digest.update(f"{name} {shapes[name]}".encode())
+        digest.update(samples[name].numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def _sample(tensor: Tensor) -> Tensor:
+def sample(tensor: Tensor) -> Tensor:
+    """Return about `NUM_SAMPLES` evenly spaced values as float32 on the CPU."""
     # An odd step, so that a matrix of even width does not yield the same few columns.
     step = (tensor.numel() // NUM_SAMPLES) | 1
     return tensor.flatten()[::step].to("cpu", torch.float32).contiguous()
@@ -206,7 +229,7 @@ def _packaged_gguf(package: str) -> Path | None:
     return next((file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
 
 
-def _checkpoint(source: str, *, weights: bool) -> Path:
+def checkpoint_folder(source: str, *, weights: bool) -> Path:
     """Return the local folder of a source, after checking what is in it."""
     location = resolve_source(source)
     if isinstance(location, str):
@@ -219,7 +242,8 @@ def _checkpoint(source: str, *, weights: bool) -> Path:
     return folder
 
 
-def _config(source: str, folder: Path) -> PretrainedConfig:
+def read_config(source: str, folder: Path) -> PretrainedConfig:
+    """Return the config of a local checkpoint folder."""
     with loading(source, "its config.json"):
         config: PretrainedConfig = AutoConfig.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True

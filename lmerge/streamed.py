@@ -6,7 +6,6 @@ Layers, masks and rotary positions are the architecture's own code, as in the re
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ from lmerge.activations import Pooling, batch_by_length, check_prompts, pool
 from lmerge.checkpoint import loading
 from lmerge.llama import decoder_layers, num_layers, span
 from lmerge.progress import track
+from lmerge.shards import weight_files
 
 EMBEDDING = "model.embed_tokens.weight"
-INDEX = "model.safetensors.index.json"
 
 
 @torch.no_grad()
@@ -56,7 +55,7 @@ def streamed_states(
     check_prompts(prompts)
     files = weight_files(folder)
     with loading(str(folder), "its config.json"):
-        model = _skeleton(folder, dtype)
+        model = skeleton(folder, dtype)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     chunks = batch_by_length(order, [len(p) for p in prompts], tokens_per_batch)
     tokens = [pad_sequence([prompts[i] for i in chunk], batch_first=True) for chunk in chunks]
@@ -80,34 +79,7 @@ def streamed_states(
     return torch.stack(states)[:, torch.argsort(torch.tensor(order))]
 
 
-def weight_files(folder: Path) -> dict[str, Path]:
-    """Return the file of each weight of a checkpoint folder.
-
-    Raises:
-        ValueError: When the folder has no safetensors, or lacks a file that its index names.
-    """
-    if (folder / INDEX).is_file():
-        names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        files = {name: folder / file for name, file in names.items()}
-    elif (folder / "model.safetensors").is_file():
-        path = folder / "model.safetensors"
-        with loading(str(folder), "its weights"), safe_open(path, framework="pt") as file:
-            files = dict.fromkeys(file.keys(), path)
-    else:
-        raise ValueError(
-            f"`source` must be a local folder with safetensors to be streamed, got {folder}. "
-            "Download the checkpoint, or run without streaming."
-        )
-    missing = sorted({path.name for path in files.values() if not path.is_file()})
-    if missing:
-        raise ValueError(
-            f"`source` must hold all files that its index names, got {folder} without {missing[0]}."
-            " Get a fresh copy of it."
-        )
-    return files
-
-
-def _skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Return the model without weights; only the rotary frequencies are real."""
     auto: Any = AutoModelForCausalLM
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

@@ -15,10 +15,10 @@ def edit_config(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps({key: value for key, value in config.items() if value != "remove"}))
 
 
-def refusal(load: object, *arguments: object) -> str:
+def refusal(load: object, *arguments: object, **options: object) -> str:
     assert callable(load)
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the callers check the text
-        load(*arguments)
+        load(*arguments, **options)
     message = str(caught.value)
     assert "\n" not in message
     return message

@@ -173,7 +173,7 @@ def test_truncated_weights_are_refused(checkpoint: Path, keep: int) -> None:
 def test_missing_shard_is_refused(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path, max_shard_size="50kB")
     max(tmp_path.glob("model-*.safetensors")).unlink()
-    assert "its weights cannot be read" in refusal(load_model, str(tmp_path))
+    assert "must hold all files that its index names" in refusal(load_model, str(tmp_path))
 
 
 def test_missing_layer_is_refused(checkpoint: Path) -> None:

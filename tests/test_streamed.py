@@ -7,8 +7,9 @@ from models import VARIANTS, tiny_variant
 from torch import Tensor
 
 from lmerge.activations import Pooling, layer_states
+from lmerge.shards import weight_files
 from lmerge.source import load_model
-from lmerge.streamed import streamed_states, weight_files
+from lmerge.streamed import streamed_states
 
 PROMPTS = [torch.arange(3, 3 + n) for n in (9, 4, 17, 9, 30)]
 
