@@ -6,6 +6,7 @@ Nothing below the first merged layer depends on the alphas, and nothing of the s
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,14 @@ class StateCache(NamedTuple):
     """Input of the first merged layer."""
     final_BTD: Tensor
     """Output of the final norm: what the head turns into next-token logits."""
+
+    def room(self, dtype: torch.dtype) -> Tensor:
+        """Return an empty tensor of the states' shape, in memory or on disk as they are."""
+        mapped_from = self.final_BTD.untyped_storage().filename
+        if mapped_from is None:
+            return torch.empty(self.final_BTD.shape, dtype=dtype)
+        with tempfile.NamedTemporaryFile(dir=Path(mapped_from).parent) as file:
+            return _mapped(Path(file.name), tuple(self.final_BTD.shape), dtype)  # outlives its name
 
 
 @torch.no_grad()

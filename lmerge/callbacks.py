@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import cast
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -11,19 +11,9 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
-from torch import Tensor
 
-from lmerge.activations import neuron_activations
-from lmerge.align import (
-    BY_ACTIVATIONS,
-    Aligner,
-    Orders,
-    Reference,
-    align_group,
-    matched_similarity,
-    matrix_similarity,
-    move,
-)
+from lmerge.alignment import HungarianAlignment
+from lmerge.alpha_files import write_alphas
 from lmerge.cost import measure_costs
 from lmerge.data.tokens import encode
 from lmerge.export import export_model, model_card, verify_export, write_card
@@ -42,22 +32,16 @@ from lmerge.gate import (
     gate_rows,
     generation_sanity,
 )
-from lmerge.llama import LayerTensors, decoder_layers, head_spec, layer_tensors
-from lmerge.merged import members_in_one_frame
 from lmerge.module import AlphaModule
-from lmerge.plan import Group
 from lmerge.progress import track
 from lmerge.repair import RepairConfig, refit_groups
-from lmerge.results import Row, print_table, table_rows, write_metrics
+from lmerge.results import Row, group_tables, print_table, table_rows, write_metrics
 from lmerge.runs import (
-    alignment_key,
-    read_orders,
-    write_alphas,
     write_orders,
     write_plan,
     write_refits,
 )
-from lmerge.source import model_fingerprint
+from lmerge.similarity import INFORMATION
 
 logger = logging.getLogger(__name__)
 
@@ -67,109 +51,15 @@ def _module(pl_module: LightningModule) -> AlphaModule:
     return pl_module
 
 
-class HungarianAlignment(Callback):
-    """Aligns every group's members to its anchor before the module merges them.
-
-    What was found is kept in the run folder under `alignment_cache/`, by source, plan, method and
-    calibration blocks, so that a later run with the same ones does not solve again.
-
-    Args:
-        method: `weights`, `activations` (their correlation on calibration tokens) or `both` match
-            MLP neurons; `full` matches neurons by weights, and attention heads and their bases too;
-            `rowwise` is the published procedure, which changes the function; `none` does nothing.
-        reference: In groups of three and more, whether neurons are matched to the `anchor` or to
-            all other members at once (`joint`).
-        num_blocks: Calibration blocks for `activations` and `both`; at least 1.
-    """
-
-    def __init__(
-        self, method: Aligner = "weights", reference: Reference = "anchor", num_blocks: int = 32
-    ) -> None:
-        if num_blocks < 1:
-            raise ValueError(f"`num_blocks` must be at least 1, got {num_blocks}.")
-        self.method = method
-        self.reference = reference
-        self.num_blocks = num_blocks
-        self.similarity: dict[str, dict[int, Tensor]] = {"before": {}, "after": {}}
-        self.matrices: dict[str, dict[int, dict[str, float]]] = {"before": {}, "after": {}}
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        module = _module(pl_module)
-        state = module.prepare()
-        if stage == "fit" and not trainer.ckpt_path:
-            solved = self._align(module) if trainer.is_global_zero else None
-            state.orders = cast(Orders, trainer.strategy.broadcast(solved))
-
-    def _align(self, module: AlphaModule) -> Orders:
-        assert module.state is not None
-        blocks_BT = self._blocks(module)
-        path = module.run_dir / "alignment_cache" / f"{self._key(module, blocks_BT)}.safetensors"
-        orders: Orders = read_orders(path) if path.is_file() else {}
-        if orders:
-            logger.info("alignment read from %s", path)
-        for group in track(module.state.plan.groups, "alignment"):
-            layers = members(module, group)
-            if group.anchor not in orders:
-                orders |= self._solve(module, group, layers, blocks_BT)
-            self._measure(group, layers, orders)
-        if orders and not path.is_file():
-            write_orders(module.run_dir, orders, path)
-        return orders
-
-    def _blocks(self, module: AlphaModule) -> Tensor | None:
-        if self.method not in BY_ACTIVATIONS:
-            return None
-        return module.data().calibration_blocks()[: self.num_blocks]
-
-    def _key(self, module: AlphaModule, blocks_BT: Tensor | None) -> str:
-        assert module.state is not None
-        return alignment_key(
-            model_fingerprint(module.source),
-            module.state.plan,
-            (self.method, self.reference),
-            blocks_BT,
-        )
-
-    def _solve(
-        self,
-        module: AlphaModule,
-        group: Group,
-        layers: dict[int, LayerTensors],
-        blocks_BT: Tensor | None,
-    ) -> Orders:
-        known = None
-        if blocks_BT is not None:
-            known = neuron_activations(module.source, group.members, blocks_BT)
-        spec = head_spec(module.source.config)
-        return align_group(
-            group, layers, self.method, spec, reference=self.reference, activations=known
-        )
-
-    def _measure(self, group: Group, layers: dict[int, LayerTensors], orders: Orders) -> None:
-        anchor, same = layers[group.anchor], torch.arange(len(layers[group.anchor]["gate_proj"]))
-        for i in group.members:
-            if i == group.anchor:
-                continue
-            moved = move(layers[i], orders[i])
-            for when, layer in {"before": layers[i], "after": moved}.items():
-                self.similarity[when][i] = matched_similarity(anchor, layer, same)
-                self.matrices[when][i] = matrix_similarity(anchor, layer)
-            before, after = (self.similarity[when][i].mean() for when in ("before", "after"))
-            logger.info(
-                "layer %d aligned to %d: mean neuron similarity %.3f -> %.3f; cosine %s",
-                *(i, group.anchor, before, after, self._cosines(i)),
-            )
-
-    def _cosines(self, layer: int) -> str:
-        before, after = (self.matrices[when][layer] for when in ("before", "after"))
-        return ", ".join(f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in before)
-
-
-def members(module: AlphaModule, group: Group) -> dict[int, LayerTensors]:
-    """Return a group's layers in one frame of norms, by source layer."""
-    layers = [layer_tensors(decoder_layers(module.source)[i]) for i in group.members]
-    framed = members_in_one_frame(layers, [None] * len(layers), group.anchor_position)
-    return dict(zip(group.members, framed, strict=True))
+@rank_zero_only
+def _say_later(module: AlphaModule, what: str) -> None:
+    run_dir = module.run_dir
+    logger.warning(
+        "not %s, since the layers are split over processes. Afterwards, on a machine that holds "
+        "the model: lmerge fit --config %s/config.yaml --ckpt_path %s/checkpoints/last.ckpt "
+        "--trainer.strategy auto --trainer.devices 1 --trainer.accelerator cpu",
+        *(what, run_dir, run_dir),
+    )
 
 
 class Repair(Callback):
@@ -184,6 +74,9 @@ class Repair(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = _module(pl_module)
+        if module.is_sharded:
+            _say_later(module, "repaired")
+            return
         if trainer.is_global_zero:
             states_BTD, held_B = module.cache().prefix_BTD, module.data().held_out()
             refit_groups(module.source, module.merged, states_BTD, held_B, self.config)
@@ -203,15 +96,7 @@ class Artefacts(Callback):
         write_search(trainer, module)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, HungarianAlignment) and callback.similarity["after"]:
-                figure = matching_figure(**callback.similarity)
-                log_figure(trainer, module, figure, "alignment/neurons")
-                figure = matrices_figure(**callback.matrices)
-                log_figure(trainer, module, figure, "alignment/matrices")
-                write_json(
-                    module.run_dir / "alignment" / "similarity.json",
-                    {"method": callback.method, **_text_keys(callback.matrices)},
-                    schema=1,
-                )
+                write_alignment(trainer, module, callback)
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -226,8 +111,8 @@ class Artefacts(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         module = _module(pl_module)
-        if module.last_good is not None and isinstance(exception, ValueError):
-            write_alphas(module.run_dir, module.merged.plan, module.last_good)
+        if isinstance(exception, ValueError) and module.restore_good():
+            write_alphas(module.run_dir, module.merged.plan, module.merged.alphas())
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -237,6 +122,16 @@ class Artefacts(Callback):
     @rank_zero_only
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         finish_evaluation(trainer, _module(pl_module), "test")
+
+
+def write_alignment(trainer: Trainer, module: AlphaModule, alignment: HungarianAlignment) -> None:
+    """Write and log how alike neurons and matrices are before and after, and their figures."""
+    log_figure(trainer, module, matching_figure(**alignment.similarity), "alignment/neurons")
+    log_figure(trainer, module, matrices_figure(**alignment.matrices), "alignment/matrices")
+    data = {"method": alignment.method, **_text_keys(alignment.matrices)}
+    write_json(module.run_dir / "alignment" / "similarity.json", data, schema=1)
+    for any_logger in trainer.loggers:
+        any_logger.log_metrics(alignment.means(), step=0)
 
 
 def _text_keys(matrices: dict[str, dict[int, dict[str, float]]]) -> dict[str, dict[str, object]]:
@@ -253,8 +148,14 @@ def write_similarity(trainer: Trainer, module: AlphaModule) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, matrix_LL in matrices.items():
         np.save(folder / f"{name.replace('/', '_')}.npy", matrix_LL.numpy(), allow_pickle=False)
-    data = {"measure": module.measure, "pooling": module.pooling, "matrices": list(matrices)}
-    write_json(folder / "similarity.json", {**data, "provenance": provenance()}, schema=1)
+    data = {
+        "measure": module.measure,
+        "information": asdict(module.information) if module.measure in INFORMATION else None,
+        "pooling": module.pooling,
+        "matrices": list(matrices),
+        "provenance": provenance(),
+    }
+    write_json(folder / "similarity.json", data, schema=1)
     figure = similarity_figure(matrices, module.measure, module.state.plan)
     log_figure(trainer, module, figure, "similarity/layers")
 
@@ -281,21 +182,24 @@ def log_figure(trainer: Trainer, module: AlphaModule, figure: Figure, name: str)
 def finish_evaluation(trainer: Trainer, module: AlphaModule, stage: str) -> None:
     """Measure costs, write metrics.json, print the table and bring the model card up to date."""
     data = module.data()
-    models = {"source": module.source, "merged": module.merged.plain()}
-    module.results["cost"] = measure_costs(models)
-    prompts = [torch.tensor(ids) for ids in encode(data.tokenizer, PROMPTS)]
-    module.results["generation"] = {
-        name: generation_sanity(model, prompts)
-        for name, model in track(models.items(), "generation", total=2)
-    }
+    if not module.is_sharded:  # this process alone cannot run layers that are split over all
+        _measure_alone(module)
     module.checks = check_gate(module.results, module.gate)
     module.results["gate"] = [check._asdict() for check in module.checks]
     write_metrics(
         module.run_dir,
         stage,
-        {"source": module.source_name, "fingerprints": data.fingerprints, **module.results},
+        {
+            "source": module.source_name,
+            "source_fingerprint": module.merged.plan.source,
+            "seeds": {"alphas": module.seed, "data": data.seed},
+            "fingerprints": data.fingerprints,
+            **module.results,
+        },
     )
     rows = table_rows(module.results) + gate_rows(module.checks)
+    for title, groups in group_tables(module.results).items():
+        print_table(groups, f"{module.source_name}: {stage}, {title}")
     print_table(rows, f"{module.source_name}: {stage} of source and merged model")
     for wandb_logger in trainer.loggers:
         if isinstance(wandb_logger, WandbLogger):
@@ -304,6 +208,17 @@ def finish_evaluation(trainer: Trainer, module: AlphaModule, stage: str) -> None
             )
     if (module.run_dir / "model" / "config.json").is_file():
         write_card(module.run_dir / "model", card(module, rows))
+
+
+def _measure_alone(module: AlphaModule) -> None:
+    """Measure what needs the models but no data: costs, and whether they write sensibly."""
+    models = {"source": module.source, "merged": module.merged.plain()}
+    module.results["cost"] = measure_costs(models)
+    prompts = [torch.tensor(ids) for ids in encode(module.data().tokenizer, PROMPTS)]
+    module.results["generation"] = {
+        name: generation_sanity(model, prompts)
+        for name, model in track(models.items(), "generation", total=2)
+    }
 
 
 def card(module: AlphaModule, rows: list[Row]) -> str:
@@ -316,7 +231,7 @@ def card(module: AlphaModule, rows: list[Row]) -> str:
         groups=[list(group.members) for group in plan.groups],
         table=rows,
         command=None,
-        provenance=provenance(),
+        provenance={**provenance(), "plan": plan.method, "source_fingerprint": plan.source or None},
         notes=gate_notes(module.checks),
     )
 
@@ -336,6 +251,9 @@ class ExportCheckpoint(Callback):
         if not self.enabled:
             return
         module = _module(pl_module)
+        if module.is_sharded:
+            _say_later(module, "exported")
+            return
         data, folder = module.data(), module.run_dir / "model"
         plain = module.merged.plain()
         export_model(plain, data.tokenizer, folder, card=card(module, []), overwrite=True)

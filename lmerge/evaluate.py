@@ -34,6 +34,8 @@ class Evaluation:
         text_bytes: UTF-8 bytes of each evaluation text by name, for bits per byte; None if unknown.
         scorings: Ways of scoring choices; every process must name the same.
         device: Where the metrics gather over processes.
+        keep_prefixes: Whether few-shot examples are encoded once; without, each batch takes an
+            equal number of passes, as layers split over processes need.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Evaluation:
         scorings: Sequence[str] = (),
         *,
         device: torch.device | str = "cpu",
+        keep_prefixes: bool = True,
     ) -> None:
         self.texts = {
             (name, model): TextMetric(num_bytes=size).to(device)
@@ -51,7 +54,8 @@ class Evaluation:
         self.choices = {
             (scoring, model): ChoiceMetric().to(device) for scoring in scorings for model in MODELS
         }
-        self.prefixes = {model: PrefixCache() for model in MODELS}
+        size = 2 if keep_prefixes else 0
+        self.prefixes = {model: PrefixCache(max_entries=size) for model in MODELS}
 
     def update(
         self,

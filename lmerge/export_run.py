@@ -9,11 +9,12 @@ from typing import Any, get_args
 import torch
 import yaml
 
-from lmerge.alphas import AlphaConfig
+from lmerge.alphas import AlphaConfig, spread
 from lmerge.export import model_card, verify_export
-from lmerge.files import provenance, read_json
+from lmerge.files import one_line, provenance, read_json
 from lmerge.gate import Check, gate_notes, gate_rows
 from lmerge.gguf_export import GgufDtype, export_gguf, source_pre
+from lmerge.llama import head_dim
 from lmerge.merged import MergedLlama
 from lmerge.plan import MergePlan
 from lmerge.results import SCHEMA, restored, table_rows
@@ -21,6 +22,7 @@ from lmerge.runs import RunState, read_run
 from lmerge.source import Dtype, checkpoint_folder, load_model, resolve_source
 from lmerge.streamed_export import export_streamed
 from lmerge.streamed_merge import StreamedMerge
+from lmerge.yaml_files import check_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -116,11 +118,13 @@ def run_settings(run: Path) -> dict[str, Any]:
     path = run / "config.yaml"
     if not path.is_file():
         return {}
+    check_yaml(path)
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} must be readable YAML, got: {reason}. Correct it.") from None
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{path} must be plain YAML, got: {one_line(error)}. Correct it."
+        ) from None
     model = settings.get("model", {}) if isinstance(settings, dict) else None
     if not isinstance(settings, dict) or not isinstance(model, dict):
         raise ValueError(f"{path} must hold the options of a run. Use the one that `fit` wrote.")
@@ -170,7 +174,13 @@ def _check(out: Path, source: str, dtype: Dtype, state: RunState, out_dtype: tor
     assert state.alphas is not None
     grain = AlphaConfig(granularity="neuron")
     merged = MergedLlama(model, state.plan, state.orders, grain)
-    merged.spread_alphas(state.alphas)
+    width = head_dim(model.config)
+    merged.set_alphas(
+        [
+            spread(alphas, "neuron", layer.stacked(), head_dim=width)
+            for layer, alphas in zip(merged.merged_layers(), state.alphas, strict=True)
+        ]
+    )
     if state.refits is not None:
         merged.set_refits(state.refits)
     plain = merged.plain()

@@ -97,6 +97,38 @@ def search_figure(candidates: Sequence[Candidate]) -> Figure:
     return figure
 
 
+def transfer_figure(
+    panels: Mapping[str, tuple[Sequence[str], Sequence[str], Tensor, Sequence[Sequence[str]]]],
+) -> Figure:
+    """Return annotated heatmaps of the loss increase on one colour scale.
+
+    Args:
+        panels: Title -> row names (plan made on), column names (measured on), values and texts of
+            the cells.
+    """
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.6 * columns + 1, 3.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    low = min(float(values.min()) for _, _, values, _ in panels.values())
+    high = max(float(values.max()) for _, _, values, _ in panels.values())
+    for axis, (title, (plans, domains, value_PB, texts)) in zip(axes, panels.items(), strict=False):
+        image = axis.imshow(value_PB.numpy(), vmin=low, vmax=high, cmap="viridis", aspect="auto")
+        axis.set(title=title, xlabel="measured on", ylabel="plan made on")
+        axis.set_xticks(range(len(domains)), domains, rotation=20)
+        axis.set_yticks(range(len(plans)), plans)
+        for i, line in enumerate(texts):
+            for j, text in enumerate(line):
+                dark = float(value_PB[i, j]) < (low + high) / 2
+                colour = "white" if dark else "black"
+                axis.text(j, i, text, ha="center", va="center", color=colour, fontsize=8)
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    label = "loss above the source's (nats/token)"
+    figure.colorbar(image, ax=list(axes[: len(panels)]), label=label)
+    return figure
+
+
 def matrices_figure(
     before: Mapping[int, Mapping[str, float]], after: Mapping[int, Mapping[str, float]]
 ) -> Figure:

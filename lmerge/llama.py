@@ -238,6 +238,16 @@ def lm_logits(model: PreTrainedModel, normed_ND: Tensor) -> Tensor:
     return logits
 
 
+def head_weight(model: PreTrainedModel) -> Tensor | None:
+    """Return the head's matrix (V, D), where logits are the states times it and nothing else.
+
+    None for a head with a bias, or one that a strategy has sharded: that is called as a module.
+    """
+    head = model.get_output_embeddings()
+    plain = type(head.weight) in (Tensor, nn.Parameter) and getattr(head, "bias", None) is None
+    return head.weight.detach() if plain else None
+
+
 @contextmanager
 def capture_outputs(model: PreTrainedModel, sink: list[Tensor]) -> Iterator[None]:
     """Yield once while hooks append every layer's output state to `sink`, in layer order."""

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lmerge.data.prompts import prompt_text
 from lmerge.data.records import Question
 from lmerge.data.tokens import encode, letter_ids
+from lmerge.divergence import wide
 from lmerge.llama import embed, lm_logits, run_span, span
 from lmerge.plan import MergePlan
 from lmerge.progress import track
@@ -54,63 +55,13 @@ class LossConfig:
             )
 
 
-def exact_kl(source_NV: Tensor, merged_NV: Tensor) -> Tensor:
-    """Return KL(source || merged) in nats, mean over positions, from logits; float32 sums."""
-    logp_NV = source_NV.float().log_softmax(dim=-1)
-    logq_NV = merged_NV.float().log_softmax(dim=-1)
-    return (logp_NV.exp() * (logp_NV - logq_NV)).sum(dim=-1).mean()
-
-
-class TopLogits(NamedTuple):
-    """The source's distribution over its most probable tokens and one remainder, float32."""
-
-    logp_NK: Tensor
-    """Log-probability of each of the K tokens, highest first."""
-    token_NK: Tensor
-    """Its token id (int64)."""
-    log_rest_N: Tensor
-    """Log-probability of all other tokens together; -inf where there are none."""
-
-    def rows(self, index: tuple[Tensor, ...]) -> TopLogits:
-        """Return some of the positions."""
-        return TopLogits(*(part[index] for part in self))
-
-
-def top_logits(logits_NV: Tensor, num_top: int) -> TopLogits:
-    """Return the `num_top` most probable tokens and what is left for the others."""
-    logits_NV = logits_NV.float()
-    token_NK = logits_NV.topk(min(num_top, logits_NV.shape[-1]), dim=-1).indices
-    return TopLogits(*_log_parts(logits_NV, token_NK))
-
-
-def _log_parts(logits_NV: Tensor, token_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # The remainder is summed itself: 1 minus the others rounds to 0 where they are nearly all.
-    total_N = logits_NV.logsumexp(dim=-1)
-    others_NV = logits_NV.scatter(-1, token_NK, -torch.inf)
-    logp_NK = logits_NV.gather(-1, token_NK) - total_N[..., None]
-    return logp_NK, token_NK, others_NV.logsumexp(dim=-1) - total_N
-
-
-def truncated_kl(top: TopLogits, merged_NV: Tensor) -> Tensor:
-    """Return the KL in nats of the distributions over the source's top tokens and one remainder.
-
-    Merging outcomes can only lower a KL (data processing inequality), so it is at most
-    `exact_kl`, and equal where the remainder is one token or none.
-    """
-    logq_NK, _, log_rest_N = _log_parts(merged_NV.float(), top.token_NK)
-    kl_N = (top.logp_NK.exp() * (top.logp_NK - logq_NK)).sum(dim=-1)
-    if top.token_NK.shape[-1] < merged_NV.shape[-1]:
-        kl_N = kl_N + top.log_rest_N.exp() * (top.log_rest_N - log_rest_N)
-    return kl_N.mean()
-
-
 def relative_error(output_BTD: Tensor, target_BTD: Tensor) -> Tensor:
-    """Return the squared error relative to the target's square, mean over positions (float32).
+    """Return the squared error relative to the target's square, mean over positions.
 
     Relative at each position, since a few tokens with massive activations otherwise decide all.
     """
-    target_BTD = target_BTD.float()
-    error_BT = (output_BTD.float() - target_BTD).square().sum(dim=-1)
+    target_BTD = wide(target_BTD)
+    error_BT = (wide(output_BTD) - target_BTD).square().sum(dim=-1)
     return (error_BT / target_BTD.square().sum(dim=-1)).mean()
 
 
@@ -181,7 +132,7 @@ def answer_loss(model: PreTrainedModel, letters: LetterPrompts, index_B: list[in
     for i in index_B:
         states_BTD = _last_state(model, letters.prompts[i].to(model.device)[None])
         target = letters.letter_4[letters.answer_N[i]].to(model.device)
-        logits_BV = lm_logits(model, states_BTD[:, -1]).float()
+        logits_BV = wide(lm_logits(model, states_BTD[:, -1]))
         losses.append(torch.nn.functional.cross_entropy(logits_BV, target[None]))
     return torch.stack(losses).mean()
 

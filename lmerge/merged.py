@@ -5,7 +5,7 @@ Only the alphas are trainable. Layers outside every group share their memory wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,15 +14,13 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from lmerge.align import Motion, Orders, move
-from lmerge.alphas import AlphaConfig, Alphas, spread, start_alphas, to_free, to_shares
+from lmerge.alphas import AlphaConfig, Alphas, start_alphas, to_free, to_shares
 from lmerge.llama import (
     MATRICES,
-    HeadSpec,
     LayerTensors,
     by_path,
     decoder_layers,
     head_dim,
-    head_spec,
     layer_tensors,
     num_layers,
     stack_layers,
@@ -32,7 +30,6 @@ from lmerge.llama import (
 )
 from lmerge.merge import fold_norms, merge_group, reference_norms
 from lmerge.plan import Group, MergePlan
-from lmerge.symmetry import Transform
 
 
 def members_in_one_frame(
@@ -42,34 +39,6 @@ def members_in_one_frame(
     norms = reference_norms(layers[anchor])
     folded = [fold_norms(layer, norms) for layer in layers]
     return [move(layer, motion) for layer, motion in zip(folded, orders, strict=True)]
-
-
-def check_motion(
-    layer: int, motion: Motion, shapes: Mapping[str, tuple[int, ...]], spec: HeadSpec
-) -> None:
-    """Raise ValueError when the motion of a layer has not the sizes of the layer's matrices.
-
-    Args:
-        layer: Number of the source layer.
-        motion: Its motion.
-        shapes: Shape of each of the seven matrices.
-        spec: How its attention is cut into heads.
-    """
-    num_neurons = shapes["gate_proj"][0]
-    if isinstance(motion, Tensor):
-        found, wanted = [len(motion)], [num_neurons]
-    elif isinstance(motion, Transform):
-        found = [len(motion.neuron_F), *motion.head_KR.shape, motion.value_KCC.shape[-1]]
-        per_group = spec.num_heads // spec.num_kv_heads
-        wanted = [num_neurons, spec.num_kv_heads, per_group, spec.head_dim]
-    else:
-        found = [len(order_O) for order_O in motion.values()]
-        wanted = [shapes[name][0] for name in motion]
-    if found != wanted:
-        raise ValueError(
-            f"orders.safetensors must move layer {layer} of the source by sizes {wanted}, got "
-            f"{found}. Use the files of one run, or align again."
-        )
 
 
 class MergedLayer(nn.Module):
@@ -98,18 +67,51 @@ class MergedLayer(nn.Module):
         self.simplex = simplex
         self.names = tuple(stacked)
         for name, tensor in stacked.items():
-            self.register_buffer(f"stacked_{_key(name)}", tensor, persistent=False)
+            # Frozen parameters: FSDP shards no buffers, and DDP would send them at every step.
+            self.register_parameter(f"stacked_{_key(name)}", nn.Parameter(tensor, False))
         self.free = nn.ParameterDict({name: nn.Parameter(p) for name, p in free.items()})
         self.refits: dict[str, Tensor] = {}
         self._fixed: tuple[Alphas, LayerTensors] | None = None
+        self._set: tuple[Alphas, Alphas] | None = None
 
     def stacked(self) -> LayerTensors:
         """Return the members' tensors, stacked along G."""
-        return {name: self.get_buffer(f"stacked_{_key(name)}") for name in self.names}
+        return {name: self.get_parameter(f"stacked_{_key(name)}") for name in self.names}
 
     def shares(self) -> Alphas:
-        """Return the alphas at their own granularity."""
-        return to_shares(dict(self.free.items()), simplex=self.simplex)
+        """Return the alphas at their own granularity.
+
+        Shares that were set come back to the bit while nothing is trained: a softmax of their
+        logarithms would round them anew.
+        """
+        free = dict(self.free.items())
+        if self._set is not None and not torch.is_grad_enabled():
+            at, shares = self._set
+            if all(torch.equal(at[name], p.cpu()) for name, p in free.items()):
+                return {name: share.to(free[name].device) for name, share in shares.items()}
+        return to_shares(free, simplex=self.simplex)
+
+    @torch.no_grad()
+    def set_shares(self, shares: Alphas) -> None:
+        """Set the alphas, at their own granularity.
+
+        Raises:
+            ValueError: When names or shapes differ from the parameters', or alphas on the simplex
+                are no shares.
+        """
+        free = to_free(shares, simplex=self.simplex)
+        shapes = {name: tuple(p.shape) for name, p in self.free.items()}
+        if shapes != {name: tuple(p.shape) for name, p in free.items()}:
+            raise ValueError(
+                "the saved alphas do not have the shapes that `alpha.granularity` asks for. "
+                "Set it to the value of the run that saved them (see its config.yaml)."
+            )
+        for name, parameter in self.free.items():
+            parameter.copy_(free[name])
+        if self.simplex:
+            at = {name: p.detach().cpu().clone() for name, p in self.free.items()}
+            self._set = at, {name: share.cpu().clone() for name, share in shares.items()}
+        self._fixed = None
 
     def alphas(self) -> Alphas:
         """Return the alphas of the seven matrices."""
@@ -198,6 +200,7 @@ class MergedLlama(nn.Module):
         """Return the trainable parameters by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
+    @torch.no_grad()
     def alphas(self) -> list[Alphas]:
         """Return a copy of the alphas of each group, on the CPU, at their own granularity."""
         return [
@@ -205,36 +208,14 @@ class MergedLlama(nn.Module):
             for layer in self.merged_layers()
         ]
 
-    @torch.no_grad()
     def set_alphas(self, alphas: Sequence[Alphas]) -> None:
-        """Set the alphas of each group, of any granularity that has the parameters' shapes.
+        """Set the alphas of each group.
 
         Raises:
             ValueError: When names or shapes differ from the configured granularity.
         """
         for layer, group in zip(self.merged_layers(), alphas, strict=True):
-            free = to_free(group, simplex=layer.simplex)
-            shapes = {name: tuple(p.shape) for name, p in layer.free.items()}
-            if shapes != {name: tuple(p.shape) for name, p in free.items()}:
-                raise ValueError(
-                    "the saved alphas do not have the shapes that `alpha.granularity` asks for. "
-                    "Set it to the value of the run that saved them (see its config.yaml)."
-                )
-            for name, parameter in layer.free.items():
-                parameter.copy_(free[name])
-
-    def spread_alphas(self, alphas: Sequence[Alphas]) -> None:
-        """Set the alphas of each group from alphas of an equal or coarser granularity.
-
-        Raises:
-            ValueError: When they are finer than the configured granularity.
-        """
-        grain, width = self.config.granularity, self.head_dim
-        fine = [
-            spread(group, grain, layer.stacked(), head_dim=width)
-            for layer, group in zip(self.merged_layers(), alphas, strict=True)
-        ]
-        self.set_alphas(fine)
+            layer.set_shares(group)
 
     def refits(self) -> list[dict[str, Tensor]]:
         """Return the refitted matrices of each group."""
@@ -272,13 +253,8 @@ def _merged_layer(
     config: AlphaConfig,
     similarity_LL: Tensor | None,
 ) -> MergedLayer:
-    layers = [layer_tensors(decoder_layers(source)[i]) for i in group.members]
-    shapes = {name: tuple(layers[0][name].shape) for name in MATRICES}
-    for i in group.members:
-        if i in orders:
-            check_motion(i, orders[i], shapes, head_spec(source.config))
     members = members_in_one_frame(
-        layers,
+        [layer_tensors(decoder_layers(source)[i]) for i in group.members],
         [orders.get(i) for i in group.members],
         group.anchor_position,
     )

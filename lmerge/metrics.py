@@ -162,6 +162,12 @@ class IndexedMetric(Metric):
         self.set_dtype(torch.float64)
         self.add_state("rows", default=[], dist_reduce_fx="cat")
 
+    def _apply(self, *args: Any, **kwargs: Any) -> IndexedMetric:
+        # Moving a metric to a device resets the dtype to that of a new tensor, float32.
+        super()._apply(*args, **kwargs)
+        self._dtype = torch.float64
+        return self
+
     def append(self, index_B: Tensor, columns: dict[str, Tensor]) -> None:
         """Keep one row for each sample: its index, then the columns, as float64."""
         for name, value in columns.items():

@@ -3,45 +3,44 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from lmerge.activations import Pooling, layer_states
-from lmerge.alpha_files import load_alphas
-from lmerge.alphas import NEEDS_SIMILARITY, AlphaConfig, Alphas
+from lmerge.activations import Pooling
+from lmerge.alphas import NEEDS_SIMILARITY, AlphaConfig
 from lmerge.cache import StateCache, keep_states
-from lmerge.data.module import MMLUDataModule
-from lmerge.data.records import ChoiceBatch, TextBatch
-from lmerge.evaluate import Evaluation
-from lmerge.gate import Check, GateConfig
+from lmerge.checkpoints import checkpoint_state
+from lmerge.information import InformationConfig
 from lmerge.llama import num_layers
 from lmerge.losses import LossConfig, letter_prompts
 from lmerge.merged import MergedLlama
 from lmerge.objective import Objective
-from lmerge.plan import MergePlan, PlanMethod, check_num_removed, check_plan, make_plan
-from lmerge.runs import (
-    RunState,
-    checkpoint_state,
-    read_checkpoint,
-    read_plan,
-    read_run,
-    with_refits_of,
+from lmerge.plan import MergePlan, PlanMethod, check_num_removed, check_plan
+from lmerge.preparation import (
+    alphas_of_file,
+    check_fits,
+    choose_plan,
+    saved_state,
+    similarity_by_domain,
 )
-from lmerge.search import Candidate, SearchMethod, search_plan
-from lmerge.similarity import Measure, similarity_matrix
+from lmerge.runs import RunState
+from lmerge.search import Candidate, SearchMethod
+from lmerge.sharding import shard_layers
+from lmerge.side_by_side import SideBySide
+from lmerge.similarity import Measure
 from lmerge.source import Dtype, load_model, model_fingerprint
 
 logger = logging.getLogger(__name__)
 
 
-class AlphaModule(LightningModule):
-    """Learns alphas by KL to the source, and evaluates source and merged model side by side.
+class AlphaModule(SideBySide):
+    """Learns alphas by KL to the source; `SideBySide` evaluates what comes out.
 
     Args:
         source: Model to compress: hub id, local folder, GGUF file or the alias `smollm2-135m`.
@@ -50,6 +49,7 @@ class AlphaModule(LightningModule):
         plan_method: How the layers to merge are chosen: `block` (most similar ends), `tail` (the
             last layers, as MKA released it) or `block_repaired` (least KL after a refit).
         measure: Layer similarity that the plan is made on.
+        information: Options of the measures `npib`, `gaussian_nmi` and `gaussian_nmi_bounded`.
         pooling: Which token's state stands for a calibration prompt.
         alpha: What the alphas can express and where they start.
         loss: What the alphas are trained on.
@@ -74,6 +74,7 @@ class AlphaModule(LightningModule):
         plan: str | None = None,
         plan_method: PlanMethod | SearchMethod = "block_repaired",
         measure: Measure = "angular",
+        information: InformationConfig = InformationConfig(),  # noqa: B008 - frozen
         pooling: Pooling = "last",
         alpha: AlphaConfig = AlphaConfig(),  # noqa: B008 - frozen
         loss: LossConfig = LossConfig(),  # noqa: B008 - frozen
@@ -96,6 +97,7 @@ class AlphaModule(LightningModule):
         self.plan_path = Path(plan) if plan else None
         self.plan_method = plan_method
         self.measure = measure
+        self.information = information
         self.pooling = pooling
         self.alpha = alpha
         self.loss = loss
@@ -107,16 +109,13 @@ class AlphaModule(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.run_dir = Path(run_dir)
         self.seed = seed
-        self.results: dict[str, Any] = {}
-        self.gate = GateConfig()
-        self.checks: list[Check] = []
         self.similarity_LL: dict[str, Tensor] = {}
         self.candidates: list[Candidate] = []
         self.state: RunState | None = None
         self._ready = False
         self._cache: StateCache | None = None
         self._objective: Objective | None = None
-        self.last_good: list[Alphas] | None = None
+        self._good: list[Tensor] = []
 
     # Preparation: source, plan, then (in the callback) orders.
 
@@ -132,39 +131,24 @@ class AlphaModule(LightningModule):
         """
         self.source = load_model(self.source_name, self.dtype_name)
         depth, fingerprint = num_layers(self.source), model_fingerprint(self.source)
-        if stage == "fit" and not ckpt_path and self.plan_path is None:
+        self.state = saved_state(stage, ckpt_path, run_dir=self.run_dir, plan_path=self.plan_path)
+        if self.state is not None:
+            check_plan(self.state.plan, depth, fingerprint, self.plan_path or self.run_dir)
+            check_fits(self.state, self.source)
+        if stage == "fit" and not ckpt_path and self.alpha.path is not None:
+            self.state = alphas_of_file(self.state, self.alpha, self.source)
+        if self.state is None:
             check_num_removed(self.num_removed, depth)
-            return
-        self.state = self._saved_state(stage, ckpt_path)
-        check_plan(self.state.plan, depth, fingerprint, self.plan_path or self.run_dir)
-        self.state.plan = replace(self.state.plan, source=fingerprint)
-
-    def _saved_state(self, stage: str, ckpt_path: str | None) -> RunState:
-        if stage == "fit" and not ckpt_path:
-            assert self.plan_path is not None
-            return RunState(plan=read_plan(self.plan_path))
-        saved = (
-            read_checkpoint(Path(ckpt_path)) if ckpt_path and Path(ckpt_path).is_file() else None
-        )
-        if stage == "fit":
-            # Alphas come from the checkpoint; refits of an earlier end of training do not.
-            return saved or replace(read_run(self.run_dir), refits=None)
-        if saved is None:
-            state = read_run(self.run_dir)
-            if state.alphas is None:
-                raise ValueError(
-                    f"run folder {self.run_dir} holds no alphas.json: its fit did not finish. "
-                    "Resume it with `lmerge fit --ckpt_path`, or give `--ckpt_path` here."
-                )
-            return state
-        return with_refits_of(self.run_dir, saved)
+        else:
+            self.state.plan = replace(self.state.plan, source=fingerprint)
 
     def prepare(self) -> RunState:
         """Return plan, orders and alphas, made at the first call; callbacks may call it early."""
         if not hasattr(self, "source"):
             self.check(str(self.trainer.state.fn), cast("str | None", self.trainer.ckpt_path))
         if self.state is None or not self._ready:
-            cast(nn.Module, self.source).to(self.trainer.strategy.root_device)
+            if not self.is_sharded:  # a model that is to be split may not fit whole
+                cast(nn.Module, self.source).to(self.trainer.strategy.root_device)
             self.state = self.state or self._planned()
             self._ready = True
         return self.state
@@ -179,38 +163,20 @@ class AlphaModule(LightningModule):
         return RunState(plan=cast(MergePlan, self.trainer.strategy.broadcast(made)))
 
     def _make_plan(self) -> MergePlan:
-        data = self.data()
         self._measure_similarity()
-        provenance = {
-            "source": model_fingerprint(self.source),
-            "calibration": data.fingerprints["val"],
-        }
-        if self.plan_method != "block_repaired" or not self.num_removed:
-            method: PlanMethod = "tail" if self.plan_method == "tail" else "block"
-            return make_plan(self.similarity_LL["all"], self.num_removed, method, **provenance)
-        blocks_BT, held_B = data.calibration_blocks(), data.held_out()
-        self.candidates = search_plan(
-            self.source, blocks_BT, held_B, self.num_removed, self.plan_method
+        plan, self.candidates = choose_plan(
+            self.source,
+            self.data(),
+            self.num_removed,
+            self.plan_method,
+            self.similarity_LL["all"],
         )
-        return MergePlan(
-            num_layers=num_layers(self.source),
-            groups=(self.candidates[0].group,),
-            method=self.plan_method,
-            **provenance,
-        )
+        return plan
 
     def _measure_similarity(self) -> None:
-        states = {
-            "/".join(key): layer_states(
-                self.source, prompts, pooling=self.pooling, description=f"states {'/'.join(key)}"
-            )
-            for key, prompts in self.data().calibration_prompts().items()
-        }
-        self.similarity_LL = {
-            name: similarity_matrix(states_LND, self.measure) for name, states_LND in states.items()
-        }
-        everything_LND = torch.cat(list(states.values()), dim=1)
-        self.similarity_LL["all"] = similarity_matrix(everything_LND, self.measure)
+        self.similarity_LL = similarity_by_domain(
+            self.source, self.data(), self.measure, self.pooling, self.information
+        )
 
     def _start_similarity(self) -> Tensor | None:
         """Return the similarity that the alphas start from, equal on all processes."""
@@ -219,12 +185,6 @@ class AlphaModule(LightningModule):
         if self.trainer.is_global_zero and not self.similarity_LL:
             self._measure_similarity()
         return self.trainer.strategy.broadcast(self.similarity_LL.get("all"))
-
-    def data(self) -> MMLUDataModule:
-        """Return the trainer's data module."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(data, MMLUDataModule)
-        return data
 
     def configure_model(self) -> None:
         if hasattr(self, "merged"):
@@ -235,10 +195,19 @@ class AlphaModule(LightningModule):
         self.merged = merged
         if state.alphas is not None:
             self.merged.set_alphas(state.alphas)
-        elif self.alpha.path is not None:
-            self.merged.spread_alphas(load_alphas(Path(self.alpha.path), state.plan))
         if state.refits is not None:
             self.merged.set_refits(state.refits)
+        if self.device_mesh is not None:
+            held = shard_layers(self.source, self.merged, self.device_mesh)
+            if self.trainer.is_global_zero:
+                message = "layers split over %d processes: %.1f of %.1f MB on each"
+                sizes = (bytes_ / 1e6 for bytes_ in held)
+                logger.info(message, self.device_mesh["data_parallel"].size(), *sizes)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 splits the frozen layers over the processes."""
+        return self.device_mesh is not None
 
     # Training.
 
@@ -269,12 +238,14 @@ class AlphaModule(LightningModule):
     def cache(self) -> StateCache:
         """Return the source's states on the calibration blocks, computed at the first call."""
         if self._cache is None:
+            memory = 0.0 if self.cache_dir else self.cache_memory
             self._cache = keep_states(
                 self.source,
                 self.data().calibration_blocks(),
                 self.merged.first_merged,
                 folder=self.cache_dir or self.run_dir / "cache",
-                memory=0.0 if self.cache_dir else self.cache_memory,
+                # Split layers run on all processes at once: none can wait for another's file.
+                memory=math.inf if self.is_sharded else memory,
             )
         return self._cache
 
@@ -282,7 +253,7 @@ class AlphaModule(LightningModule):
         """Return the weighted sum of the losses.
 
         Raises:
-            ValueError: When it is not finite; `last_good` are the alphas before.
+            ValueError: When it is not finite; `restore_good` brings back the alphas before.
         """
         assert self._objective is not None
         parts = self._objective(batch["index"].cpu(), self.global_step)
@@ -295,8 +266,26 @@ class AlphaModule(LightningModule):
                 f"the loss must be finite, got {parts['loss'].item()} in step {self.global_step}. "
                 "The last good alphas are kept in alphas.json; lower the learning rate."
             )
-        self.last_good = self.merged.alphas()
-        return parts["loss"]
+        # On the device: a copy to the CPU would wait for it in every step.
+        self._good = [p.detach().clone() for p in self.merged.alpha_parameters().values()]
+        return parts["loss"] * batch["share"]
+
+    def on_after_backward(self) -> None:
+        """Average the gradients over processes where no strategy does it: alphas are not split."""
+        if self.is_sharded:
+            for parameter in self.merged.alpha_parameters().values():
+                assert parameter.grad is not None
+                self.trainer.strategy.reduce(parameter.grad, reduce_op="mean")
+
+    def restore_good(self) -> bool:
+        """Go back to the last alphas with a finite loss; returns whether there are any."""
+        if not self._good:
+            return False
+        for parameter, good in zip(
+            self.merged.alpha_parameters().values(), self._good, strict=True
+        ):
+            parameter.data.copy_(good)
+        return True
 
     def on_train_epoch_end(self) -> None:
         for parameter in self.merged.alpha_parameters().values():
@@ -308,47 +297,10 @@ class AlphaModule(LightningModule):
 
     # Checkpoints: alphas, plan and orders, not the frozen weights.
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return the alphas alone."""
+        parameters = self.merged.alpha_parameters().items()
+        return {f"merged.{name}": parameter.detach() for name, parameter in parameters}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        alphas = {f"merged.{name}" for name in self.merged.alpha_parameters()}
-        checkpoint["state_dict"] = {
-            name: value for name, value in checkpoint["state_dict"].items() if name in alphas
-        }
         checkpoint["lmerge"] = checkpoint_state(self.prepare(), self.merged.alphas())
-
-    # Evaluation: source and merged on the same batches.
-
-    def on_validation_epoch_start(self) -> None:
-        self._start_evaluation()
-
-    def on_test_epoch_start(self) -> None:
-        self._start_evaluation()
-
-    def _start_evaluation(self) -> None:
-        data = self.data()
-        scorings = () if self.trainer.state.fn == "fit" else data.scorings
-        self.evaluation = Evaluation(data.text_bytes, scorings, device=self.device)
-
-    def validation_step(self, batch: TextBatch | ChoiceBatch, batch_idx: int) -> None:
-        self.evaluation.update(self.source, self.merged.causal_lm, batch)
-
-    def test_step(self, batch: TextBatch | ChoiceBatch, batch_idx: int) -> None:
-        self.evaluation.update(self.source, self.merged.causal_lm, batch)
-
-    def on_validation_epoch_end(self) -> None:
-        self._finish_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._finish_evaluation("test")
-
-    def _finish_evaluation(self, stage: str) -> None:
-        data = self.data()
-        self.results = self.evaluation.results(data.questions, data.domain_subjects)
-        for name, models in self.results["text"].items():
-            for key in ("loss", "ppl", "kl"):
-                # Equal on every process: the mean over them is the value itself.
-                self.log(f"{stage}/{key}/{name}", models["merged"][key], sync_dist=True)
-        for scoring, models in self.results["choices"].items():
-            for domain, rate in models["merged"]["by_domain"].items():
-                name = f"{stage}/{scoring}_accuracy/{domain}"
-                self.log(name, rate["accuracy"], sync_dist=True)
-        del self.evaluation

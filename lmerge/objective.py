@@ -7,19 +7,24 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lmerge.cache import StateCache
-from lmerge.llama import decoder_layers, lm_logits, num_layers, run_span, span
+from lmerge.divergence import (
+    Targets,
+    TopLogits,
+    exact_kl,
+    head_kl,
+    source_targets,
+    top_logits,
+    truncated_kl,
+)
+from lmerge.llama import decoder_layers, head_weight, lm_logits, num_layers, run_span, span
 from lmerge.losses import (
     LOSS_NAMES,
     GroupStates,
     LetterPrompts,
     LossConfig,
-    TopLogits,
     answer_loss,
-    exact_kl,
     group_states,
     relative_error,
-    top_logits,
-    truncated_kl,
 )
 from lmerge.merged import MergedLlama
 from lmerge.progress import track
@@ -60,6 +65,8 @@ class Objective:
         if config.state and merged.plan.groups:
             self.groups = group_states(source, cache.prefix_BTD, merged.plan)
         self.top = self._top_logits() if config.kl and config.num_top else None
+        self.kept: Targets | None = None
+        self.is_kept_B = torch.zeros(len(cache.final_BTD), dtype=torch.bool)
 
     @torch.no_grad()
     def _top_logits(self) -> TopLogits:
@@ -90,14 +97,43 @@ class Objective:
         device = self.source.device
         states_BTD = run_span(self.suffix, self.cache.prefix_BTD[index_B].to(device))
         place_P = self.positions(states_BTD.shape[1], step)
-        merged_BPV = lm_logits(self.source, states_BTD[:, place_P.to(device)])
+        merged_ND = states_BTD[:, place_P.to(device)].flatten(0, 1)
+        head_VD = head_weight(self.source)
         if self.top is not None:
             rows = self.top.rows((index_B[:, None], place_P))
-            return truncated_kl(TopLogits(*(part.to(device) for part in rows)), merged_BPV)
+            top = TopLogits(*(part.to(device).flatten(0, 1) for part in rows))
+            return truncated_kl(top, lm_logits(self.source, merged_ND))
+        if head_VD is not None and self._keeps_targets(len(place_P), head_VD):
+            return head_kl(merged_ND, self._targets(index_B, head_VD), head_VD)
+        final_ND = self.cache.final_BTD[index_B][:, place_P].to(device).flatten(0, 1)
+        if head_VD is not None:
+            return head_kl(merged_ND, final_ND, head_VD)
         with torch.no_grad():
-            final_BPD = self.cache.final_BTD[index_B][:, place_P].to(device)
-            source_BPV = lm_logits(self.source, final_BPD)
-        return exact_kl(source_BPV, merged_BPV)
+            source_NV = lm_logits(self.source, final_ND)
+        return exact_kl(source_NV, lm_logits(self.source, merged_ND))
+
+    def _keeps_targets(self, num_positions: int, head_VD: Tensor) -> bool:
+        """Whether the targets of whole blocks are computed once: they cost two logits a position.
+
+        A sample of positions comes back too seldom for that, and 16 bits are too few.
+        """
+        whole = num_positions == self.cache.final_BTD.shape[1]
+        mixed = torch.is_autocast_enabled(self.source.device.type)
+        return whole and not mixed and head_VD.dtype in (torch.float32, torch.float64)
+
+    def _targets(self, index_B: Tensor, head_VD: Tensor) -> Targets:
+        """Return the targets of whole blocks; those of a block are computed at its first visit."""
+        final_BTD = self.cache.final_BTD
+        if self.kept is None:
+            plogp_BT = torch.empty(final_BTD.shape[:2], dtype=head_VD.dtype)
+            self.kept = Targets(self.cache.room(head_VD.dtype), plogp_BT)
+        for i in index_B[~self.is_kept_B[index_B]].unique().tolist():
+            for kept, found in zip(
+                self.kept, source_targets(final_BTD[i].to(head_VD.device), head_VD), strict=True
+            ):
+                kept[i] = found
+            self.is_kept_B[i] = True
+        return Targets(*(kept[index_B].to(head_VD.device).flatten(0, 1) for kept in self.kept))
 
     def _state(self, index_B: Tensor) -> Tensor:
         device, errors = self.source.device, []

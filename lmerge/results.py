@@ -17,6 +17,8 @@ SCHEMA = 1
 
 Row = tuple[str, str, str]
 
+SCORING_NAMES = {"letter": "letters", "cloze": "answer texts"}
+
 
 def write_metrics(run_dir: Path, stage: str, results: Mapping[str, Any]) -> None:
     """Put the results of a stage into metrics.json; other stages' results stay.
@@ -58,12 +60,7 @@ def table_rows(results: Mapping[str, Any]) -> list[Row]:
     for key, label, form in COST_ROWS if cost else ():
         rows.append((label, form(cost["source"][key]), form(cost["merged"][key])))
     for scoring, both in results["choices"].items():
-        label = {"letter": "accuracy, letters", "cloze": "accuracy, answer texts"}[scoring]
-        source, merged = both["source"]["micro"], both["merged"]["micro"]
-        rows.append((label, accuracy(source), accuracy(merged)))
-        if all("confusion" in both[model] for model in ("source", "merged")):
-            before, after = (chosen(both[model]["confusion"]) for model in ("source", "merged"))
-            rows.append((f"chosen A/B/C/D, {scoring}", before, after))
+        rows += _choice_rows(SCORING_NAMES[scoring], both)
     for name, both in results["text"].items():
         rows.append(
             (f"loss on {name} text (nats/token)", loss(both["source"]), loss(both["merged"]))
@@ -71,6 +68,49 @@ def table_rows(results: Mapping[str, Any]) -> list[Row]:
         rows.append((f"perplexity on {name} text", ppl(both["source"]), ppl(both["merged"])))
         rows.append((f"KL from the source on {name} text", "0", f"{both['merged']['kl']:.3f}"))
     return rows
+
+
+def group_tables(results: Mapping[str, Any]) -> dict[str, list[Row]]:
+    """Return, by title, the accuracies of domains, languages and subjects where there are several.
+
+    Args:
+        results: Results of one evaluation.
+    """
+    tables = {}
+    for scoring, both in results["choices"].items():
+        rows: list[Row] = []
+        for kind in ("domain", "language", "subject"):
+            before, after = (both[model][f"by_{kind}"] for model in ("source", "merged"))
+            for name in before if len(before) > 1 else ():
+                label = f"{kind} {name} ({before[name]['num_questions']})"
+                rows.append((label, accuracy(before[name]), accuracy(after[name])))
+        if rows:
+            tables[f"accuracy by group (questions), {SCORING_NAMES[scoring]}"] = rows
+    return tables
+
+
+def _choice_rows(name: str, both: Mapping[str, Any]) -> list[Row]:
+    source, merged, num_subjects = both["source"], both["merged"], len(both["source"]["by_subject"])
+    rows = [(f"accuracy, {name}", accuracy(source["micro"]), accuracy(merged["micro"]))]
+    if num_subjects > 1:
+        label = f"mean over {num_subjects} subjects, {name}"
+        rows.append((label, accuracy(source["macro"]), accuracy(merged["macro"])))
+    errors = [f"{x['calibration_error']:.3f}" for x in (source, merged)]
+    return [
+        *rows,
+        (f"difference, {name}", "", difference(both)),
+        (f"calibration error, {name}", errors[0], errors[1]),
+        (f"chosen A/B/C/D, {name}", chosen(source["confusion"]), chosen(merged["confusion"])),
+    ]
+
+
+def difference(both: Mapping[str, Any]) -> str:
+    """Return merged minus source in percentage points, and McNemar's p-value."""
+    value, low, high = (100 * both["difference"][key] for key in ("value", "low", "high"))
+    p_value = both["mcnemar"]["p_value"]
+    # The interval of a single question does not exist.
+    ends = "" if math.isnan(low) else f" [{low:+.1f}, {high:+.1f}]"
+    return f"{value:+.1f}{ends}, p = {p_value:.2g}"
 
 
 def accuracy(rate: Mapping[str, float]) -> str:

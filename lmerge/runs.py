@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from lmerge.align import Motion, Orders
+from lmerge.align import Orders, motion_of, motion_parts
+from lmerge.alpha_files import alphas_fingerprint, read_alphas
 from lmerge.alphas import Alphas
 from lmerge.files import one_line, provenance, read_json, read_tensors, write_json, write_tensors
 from lmerge.llama import MATRICES
 from lmerge.plan import SCHEMA as PLAN_SCHEMA
-from lmerge.plan import Group, MergePlan, plan_from_dict, plan_to_dict
-from lmerge.symmetry import Transform, transform_from_tensors, transform_tensors
+from lmerge.plan import MergePlan, plan_from_dict, plan_to_dict
 
 logger = logging.getLogger(__name__)
-
-ALPHAS_SCHEMA = 1
 
 ALIGNMENT_VERSION = 1
 """Raised when an aligner changes, so that older cached alignments are not reused."""
@@ -86,7 +81,7 @@ def _flat(orders: Orders) -> dict[str, Tensor]:
 
 
 def alignment_key(
-    source: str, plan: MergePlan, method: tuple[str, str], blocks_BT: Tensor | None
+    source: str, plan: MergePlan, method: tuple[str, ...], blocks_BT: Tensor | None
 ) -> str:
     """Return 16 hex digits of all that decides an alignment."""
     groups = [(group.members, group.anchor) for group in plan.groups]
@@ -94,11 +89,6 @@ def alignment_key(
     if blocks_BT is not None:
         digest.update(blocks_BT.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def motion_parts(motion: Motion) -> Tensor | dict[str, Tensor]:
-    """Return a motion as plain tensors."""
-    return transform_tensors(motion) if isinstance(motion, Transform) else motion
 
 
 def read_orders(path: Path) -> Orders:
@@ -127,92 +117,20 @@ def read_orders(path: Path) -> Orders:
     return orders
 
 
-def motion_of(parts: Tensor | dict[str, Tensor]) -> Motion:
-    """Return the motion that `motion_parts` took apart.
+def check_orders(orders: Orders, plan: MergePlan, path: Path) -> Orders:
+    """Return the orders that were read at `path`.
 
     Raises:
-        ValueError: When it is none.
+        ValueError: When one is of a layer that the plan does not merge.
     """
-    if isinstance(parts, Tensor):
-        return _order(parts)
-    if set(parts) <= set(MATRICES):
-        return {name: _order(order_O) for name, order_O in parts.items()}
-    return transform_from_tensors(parts)
-
-
-def _order(tensor: Tensor) -> Tensor:
-    whole = tensor.ndim == 1 and tensor.dtype in (torch.int32, torch.int64)
-    if not whole or not torch.equal(tensor.sort().values.long(), torch.arange(len(tensor))):
-        raise ValueError("it is no permutation")
-    return tensor.long()
-
-
-def write_alphas(run_dir: Path, plan: MergePlan, alphas: list[Alphas]) -> None:
-    """Write alphas.json: the alphas of each group, readable and exact."""
-    groups = [
-        {
-            "members": list(group.members),
-            "anchor": group.anchor,
-            "alphas": {name: alpha.tolist() for name, alpha in group_alphas.items()},
-        }
-        for group, group_alphas in zip(plan.groups, alphas, strict=True)
-    ]
-    data = {"groups": groups, "provenance": provenance()}
-    write_json(run_dir / "alphas.json", data, schema=ALPHAS_SCHEMA)
-
-
-def read_alphas(path: Path, plan: MergePlan) -> list[Alphas]:
-    """Read alphas.json for a plan.
-
-    Raises:
-        ValueError: One line when the file is malformed or for another plan.
-    """
-    groups = read_json(path, schema=ALPHAS_SCHEMA).get("groups")
-    if not isinstance(groups, list) or len(groups) != len(plan.groups):
+    merged = {layer for group in plan.groups for layer in group.members}
+    others = sorted(set(orders) - merged)
+    if others:
         raise ValueError(
-            f"{path} must hold one entry for each of the plan's {len(plan.groups)} groups. "
-            "Use the alphas.json of the same run."
+            f"{path}: orders must be of the plan's merged layers {sorted(merged)}, got one of "
+            f"layer {others[0]}. Use the files of one run."
         )
-    return [
-        _group_alphas(path, data, group) for data, group in zip(groups, plan.groups, strict=True)
-    ]
-
-
-def _group_alphas(path: Path, data: Any, group: Group) -> Alphas:
-    wanted = {"members": list(group.members), "anchor": group.anchor}
-    if not isinstance(data, dict) or {key: data.get(key) for key in wanted} != wanted:
-        raise ValueError(
-            f"{path} must hold alphas for the layers {wanted['members']} with the anchor "
-            f"{group.anchor}, as in the plan. Use the alphas.json of the same run."
-        )
-    alphas = data.get("alphas")
-    if not isinstance(alphas, dict) or set(alphas) not in ({"layer"}, set(MATRICES)):
-        raise ValueError(
-            f"{path}: a group needs alphas for `layer`, or for each of {', '.join(MATRICES)}."
-        )
-    return {name: _alpha(path, name, values, len(group.members)) for name, values in alphas.items()}
-
-
-def _alpha(path: Path, name: str, values: Any, num_members: int) -> Tensor:
-    try:
-        alpha = torch.tensor(values, dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        alpha = torch.tensor(torch.nan)
-    if alpha.ndim not in (1, 2) or len(alpha) != num_members or not alpha.isfinite().all():
-        raise ValueError(
-            f"{path}: alphas of `{name}` must be finite numbers, one row for each of the "
-            f"{num_members} members. Use the alphas.json of the same run."
-        )
-    return alpha
-
-
-def alphas_fingerprint(alphas: list[Alphas]) -> str:
-    """Return 16 hex digits that tell one set of alphas from another."""
-    digest = hashlib.sha256()
-    for group in alphas:
-        for name, alpha in sorted(group.items()):
-            digest.update(name.encode() + alpha.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return orders
 
 
 def write_refits(run_dir: Path, refits: Refits, alphas: list[Alphas]) -> None:
@@ -258,37 +176,13 @@ def read_run(run_dir: Path) -> RunState:
         )
     state = RunState(plan=read_plan(run_dir / "plan.json"))
     if (run_dir / "orders.safetensors").is_file():
-        state.orders = read_orders(run_dir / "orders.safetensors")
+        path = run_dir / "orders.safetensors"
+        state.orders = check_orders(read_orders(path), state.plan, path)
     if (run_dir / "alphas.json").is_file():
         state.alphas = read_alphas(run_dir / "alphas.json", state.plan)
         if (run_dir / "repair.safetensors").is_file():
             state.refits = read_refits(run_dir / "repair.safetensors", state.alphas)
     return state
-
-
-def checkpoint_state(state: RunState, alphas: list[Alphas]) -> dict[str, Any]:
-    """Return what a Lightning checkpoint keeps beside the optimiser: plan, orders and alphas."""
-    orders = {layer: motion_parts(motion) for layer, motion in state.orders.items()}
-    return {"plan": plan_to_dict(state.plan), "orders": orders, "alphas": alphas}
-
-
-def read_checkpoint(path: Path) -> RunState:
-    """Read plan, orders and alphas from a Lightning checkpoint, without unpickling code.
-
-    Raises:
-        ValueError: When the file is not a checkpoint of lmerge.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of other pickle protocols, then refuses
-            saved = torch.load(path, map_location="cpu", weights_only=True)["lmerge"]
-        orders = {layer: motion_of(parts) for layer, parts in saved["orders"].items()}
-        return RunState(plan=plan_from_dict(saved["plan"]), orders=orders, alphas=saved["alphas"])
-    except Exception as error:  # malformed files end in errors of every type
-        raise ValueError(
-            f"{path} must be a checkpoint that `lmerge fit` wrote, got: {one_line(error)}. "
-            "Give one from the folder `checkpoints` of a run."
-        ) from error
 
 
 def with_refits_of(run_dir: Path, state: RunState) -> RunState:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmerge.data.records import IGNORE, PADDING_SEGMENT, ChoiceBatch, TextBatch
+from lmerge.divergence import kl_rows
 from lmerge.prefix import PrefixCache
 
 __all__ = [
@@ -182,10 +183,7 @@ def compare_text(
 
 def _compare(source_NV: Tensor, merged_NV: Tensor) -> tuple[Tensor, Tensor]:
     agree_N = source_NV.argmax(dim=-1) == merged_NV.argmax(dim=-1)
-    logp_NV, logq_NV = source_NV.log_softmax(dim=-1), merged_NV.log_softmax(dim=-1)
-    kl_N = (logp_NV.exp() * (logp_NV - logq_NV)).sum(dim=-1)
-    # Rounding can take the KL of nearly equal models below zero.
-    return kl_N.clamp_min(0), agree_N
+    return kl_rows(source_NV, merged_NV).clamp_min(0), agree_N
 
 
 def _answer_logp(

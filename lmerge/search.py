@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lmerge.divergence import exact_kl
 from lmerge.llama import (
     capture_down_input,
     decoder_layers,
@@ -63,7 +64,7 @@ def repaired_blocks(
     check_num_removed(num_removed, depth)
     fit_states = _layer_inputs(source, token_BT[~held_B])
     held_states = _layer_inputs(source, token_BT[held_B])
-    logp = _log_probabilities(source, _after(source, held_states[-1], depth))
+    source_NV = _logits(source, _after(source, held_states[-1], depth))
     candidates = []
     for first in track(range(depth - num_removed), "plan search", total=depth - num_removed):
         stop = first + num_removed + 1
@@ -73,8 +74,7 @@ def repaired_blocks(
             [repaired, *decoder_layers(source)[stop:]],
             [first, *range(stop, depth)],
         )
-        logq = _log_probabilities(source, _run(above, held_states[first]))
-        kl = (logp.exp() * (logp - logq)).sum(dim=-1).mean()
+        kl = exact_kl(source_NV, _logits(source, _run(above, held_states[first])))
         group = Group(members=tuple(range(first, stop)), anchor=first)
         candidates.append(Candidate(group, float(kl)))
     return sorted(candidates, key=lambda c: math.inf if math.isnan(c.kl) else c.kl)
@@ -97,12 +97,12 @@ def _after(source: PreTrainedModel, state_BTD: Tensor, depth: int) -> Tensor:
     return _run(span(source, depth, depth, final_norm=True), state_BTD)
 
 
-def _log_probabilities(source: PreTrainedModel, normed_BTD: Tensor) -> Tensor:
-    """Return next-token log-probabilities at evenly spaced positions, (N, V) float32."""
+def _logits(source: PreTrainedModel, normed_BTD: Tensor) -> Tensor:
+    """Return next-token logits at evenly spaced positions, (N, V)."""
     length = normed_BTD.shape[1]
     place_P = torch.linspace(0, length - 1, min(POSITIONS, length)).long()
     normed_ND = normed_BTD[:, place_P].flatten(0, 1).to(source.device)
-    return lm_logits(source, normed_ND).float().log_softmax(dim=-1)
+    return lm_logits(source, normed_ND)
 
 
 def _refitted_layer(

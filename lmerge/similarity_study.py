@@ -48,6 +48,7 @@ def run_similarity(
     domains: list[str] = STUDY_DOMAINS,
     languages: list[str] = ENGLISH,
     translated: list[str] | None = None,
+    extra_domains: dict[str, list[str]] | None = None,
     measures: list[Measure] = ANGULAR,
     information: InformationConfig = InformationConfig(),  # noqa: B008 - frozen
     num_prompts: int = 40,
@@ -68,6 +69,7 @@ def run_similarity(
         languages: ISO 639-1 codes of the languages to compare.
         translated: Domains that are taken in every language; the others in the first language
             alone. Null takes all in every language.
+        extra_domains: Further domains, each a list of subjects.
         measures: Layer similarities; one grid of heatmaps for each.
         information: Options of `npib`, `gaussian_nmi` and `gaussian_nmi_bounded`.
         num_prompts: Prompts of each domain and language; at least 1.
@@ -84,7 +86,7 @@ def run_similarity(
     _check(measures, num_prompts=num_prompts, num_bootstrap=num_bootstrap, seed=seed)
     _check_folder(out_dir, overwrite=overwrite)
     prompts, texts_fingerprint = _prompts(
-        questions, domains, languages, translated, source, num_prompts, seed
+        questions, domains, languages, translated, extra_domains, source, num_prompts, seed
     )
     with atomic_folder(out_dir, overwrite=overwrite) as folder:
         states, model = _states(source, prompts, pooling, dtype, streamed=streamed)
@@ -144,6 +146,7 @@ def _prompts(
     domains: Sequence[str],
     languages: Sequence[str],
     translated: Sequence[str] | None,
+    extra_domains: Mapping[str, Sequence[str]] | None,
     source: str,
     num_prompts: int,
     seed: int,
@@ -153,7 +156,7 @@ def _prompts(
         if name not in domains:
             raise ValueError(f"`translated` must name some of `domains`, got {name!r}; add it.")
     found = load_questions(questions, "val", languages)
-    subjects = resolve_domains(domains, None, {question.subject for question in found})
+    subjects = resolve_domains(domains, extra_domains, {question.subject for question in found})
     sampled = sample_prompts(
         found, subjects, load_tokenizer(source), num_prompts=num_prompts, seed=seed
     )

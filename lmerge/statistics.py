@@ -154,6 +154,38 @@ def paired_bootstrap(
     return Difference(value, *_percentiles(sample_S), p_value)
 
 
+def stratified_bootstrap(
+    values: Sequence[Numbers],
+    *,
+    seeds: Sequence[int],
+    weights: Sequence[Numbers],
+    num_samples: int = NUM_SAMPLES,
+) -> Interval:
+    """Return the interval of the unweighted mean over strata of sum(values) / sum(weights).
+
+    Strata, such as domains, are taken as fixed: units are drawn inside each of them. Strata of one
+    seed and length are drawn alike, as befits translations of the same questions.
+
+    Args:
+        values: One number for each unit of each stratum, such as the nats of a question.
+        seeds: Seed of the resampling of each stratum.
+        weights: Denominators, such as the tokens of a question.
+        num_samples: Number of resamples.
+
+    Raises:
+        ValueError: If there is no stratum, or one is empty, not finite or of another length.
+    """
+    _check_same_length(len(values), len(weights), "values", "weights")
+    if not values:
+        raise ValueError("`values` must hold at least one stratum, got none. Give one.")
+    samples = []
+    for value, weight, seed in zip(values, weights, seeds, strict=True):
+        value_N = _vector(value, "values")
+        weight_N = _weights(weight, len(value_N))
+        samples.append(_resample(value_N, weight_N, seed=seed, num_samples=num_samples))
+    return _percentiles(torch.stack(samples).mean(dim=0))
+
+
 def mcnemar_exact(a: Tensor | Sequence[bool], b: Tensor | Sequence[bool]) -> McNemar:
     """Test whether two models answer the same questions equally well (McNemar 1947, exact).
 

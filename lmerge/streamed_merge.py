@@ -19,12 +19,11 @@ from lmerge.llama import (
     PATHS,
     LayerTensors,
     config_with_layers,
-    head_spec,
     stack_layers,
 )
 from lmerge.merge import expand_alpha, fold_norms, merge_vectors, reference_norms, weighted_sum
-from lmerge.merged import check_motion
 from lmerge.plan import Group, check_plan
+from lmerge.preparation import check_fits
 from lmerge.runs import RunState
 from lmerge.shards import CHUNK, Content, Shape, Stored, stored_tensors
 from lmerge.source import Dtype, read_config, sample, weights_fingerprint
@@ -91,6 +90,7 @@ class StreamedMerge:
         self._frame: tuple[int, _Frame] | None = None
         self._samples: dict[str, Tensor] = {}
         self._unsampled: list[str] = []
+        check_fits(state, model)
         self._check_state()
 
     @property
@@ -246,15 +246,8 @@ class StreamedMerge:
         return found
 
     def _check_state(self) -> None:
-        for layer, motion in self.state.orders.items():
-            shapes = {n: self._wanted[f"{LAYERS}0.{PATHS[n]}"] for n in MATRICES}
-            if layer < self.plan.num_layers:
-                check_motion(layer, motion, shapes, head_spec(self.source_config))
         for index, group in enumerate(self.plan.groups):
             self._check_alphas(index, group)
-            refits = self.state.refits[index] if self.state.refits is not None else {}
-            for short, weight in refits.items():
-                self._check_fits("repair.safetensors", group, short, tuple(weight.shape))
 
     def _check_alphas(self, index: int, group: Group) -> None:
         for short, alpha in self._alphas(index).items():
@@ -264,14 +257,6 @@ class StreamedMerge:
                     f"alphas.json beside {self.path} must have alphas of {short} that divide its "
                     f"{slots} slots, got {alpha.shape[1]}. Use the alphas.json of the same run."
                 )
-
-    def _check_fits(self, file: str, group: Group, short: str, found: Shape) -> None:
-        wanted = self._shape(group, short)
-        if found != wanted:
-            raise ValueError(
-                f"{file} beside {self.path} must fit the source, got {short} of shape {found} "
-                f"instead of {wanted}. Use the files of the same run."
-            )
 
     def _shape(self, group: Group, short: str) -> Shape:
         return self._wanted[f"{LAYERS}{group.anchor}.{PATHS[short]}"]

@@ -38,6 +38,7 @@ PLAN_OPTIONS = (
     "model.plan",
     "model.num_removed",
     "model.measure",
+    "model.information",
     "model.pooling",
     "model.source",
     "model.dtype",

@@ -11,11 +11,12 @@ from test_symmetry import random_transform
 from transformers import PreTrainedModel
 
 from lmerge.align import Orders
+from lmerge.alpha_files import write_alphas
 from lmerge.alphas import AlphaConfig, Granularity
 from lmerge.llama import head_spec
 from lmerge.merged import MergedLlama
 from lmerge.plan import MergePlan
-from lmerge.runs import RunState, write_alphas, write_orders, write_plan, write_refits
+from lmerge.runs import RunState, write_orders, write_plan, write_refits
 from lmerge.source import load_model, model_fingerprint
 
 PLAN = plan_of([0, 1], [2, 3], anchors=[1, 2])

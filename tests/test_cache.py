@@ -83,3 +83,15 @@ def test_mapped_states_are_computed_once_and_belong_to_their_source(tmp_path: Pa
 def test_states_that_fit_leave_no_file(tmp_path: Path) -> None:
     keep_states(tiny_model(), tokens(3), 2, folder=tmp_path / "none", memory=1.0)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("memory", [0.0, 1.0])
+def test_room_beside_the_states_lies_where_they_lie(memory: float, tmp_path: Path) -> None:
+    cache = keep_states(tiny_model(), tokens(3), 2, folder=tmp_path, memory=memory)
+    before = sorted(tmp_path.iterdir())
+    room_BTD = cache.room(torch.float64)
+    assert room_BTD.shape == cache.final_BTD.shape
+    assert (room_BTD.untyped_storage().filename is None) == (memory > 0)
+    room_BTD.fill_(1.5)
+    assert (room_BTD == 1.5).all()
+    assert sorted(tmp_path.iterdir()) == before  # its file has no name any more

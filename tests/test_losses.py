@@ -10,51 +10,11 @@ from lmerge.llama import capture_outputs, run_span, span
 from lmerge.losses import (
     LossConfig,
     answer_loss,
-    exact_kl,
     group_states,
     letter_prompts,
     relative_error,
-    top_logits,
-    truncated_kl,
 )
 from lmerge.merged import MergedLlama
-
-GENERATOR = torch.Generator().manual_seed(5)
-SOURCE_NV = 3 * torch.randn(20, 50, generator=GENERATOR)
-MERGED_NV = SOURCE_NV + torch.randn(20, 50, generator=GENERATOR)
-
-
-def test_kl_agrees_with_the_slow_sum() -> None:
-    p, q = SOURCE_NV.double().softmax(-1), MERGED_NV.double().softmax(-1)
-    slow = sum(float(a * (a / b).log()) for a, b in zip(p.flatten(), q.flatten(), strict=True)) / 20
-    assert float(exact_kl(SOURCE_NV, MERGED_NV)) == pytest.approx(slow, rel=1e-5)
-
-
-def test_the_truncated_kl_rises_to_the_exact_one() -> None:
-    exact = float(exact_kl(SOURCE_NV, MERGED_NV))
-    found = [float(truncated_kl(top_logits(SOURCE_NV, k), MERGED_NV)) for k in (1, 4, 16, 49, 50)]
-    assert found == sorted(found) or found[:-1] == sorted(found[:-1])
-    assert all(value <= exact + 1e-5 for value in found)
-    assert found[2] > 0.8 * exact
-    assert found[-2:] == pytest.approx([exact, exact], rel=1e-4)
-
-
-def test_the_truncated_kl_of_equal_logits_is_zero_with_zero_gradient() -> None:
-    merged_NV = SOURCE_NV.clone().requires_grad_()
-    loss = truncated_kl(top_logits(SOURCE_NV, 8), merged_NV)
-    loss.backward()
-    assert abs(loss.item()) < 1e-5
-    assert float(merged_NV.grad.abs().max()) < 1e-5
-
-
-def test_the_truncated_kl_is_finite_where_the_source_is_certain() -> None:
-    certain_NV = torch.zeros(2, 50)
-    certain_NV[:, 3] = 200
-    merged_NV = (-certain_NV).requires_grad_()
-    loss = truncated_kl(top_logits(certain_NV, 4), merged_NV)
-    loss.backward()
-    assert loss.isfinite()
-    assert merged_NV.grad.isfinite().all()
 
 
 def test_the_relative_error_is_1_for_an_output_of_zeros() -> None:

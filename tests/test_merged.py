@@ -1,4 +1,5 @@
 from itertools import permutations
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lmerge.align import Orders, align_group, reorder_neurons
+from lmerge.align import Orders
+from lmerge.alpha_files import read_alphas, write_alphas
 from lmerge.alphas import AlphaConfig, Granularity
+from lmerge.groups import align_members
 from lmerge.llama import (
     FOLDS_INTO,
     MATRICES,
@@ -32,6 +35,7 @@ from lmerge.llama import (
     with_tensors,
 )
 from lmerge.merged import MergedLayer, MergedLlama, members_in_one_frame
+from lmerge.neurons import reorder_neurons
 from lmerge.plan import Group, MergePlan
 from lmerge.source import load_model
 
@@ -217,7 +221,7 @@ def test_a_group_of_permuted_copies_that_are_aligned_is_the_layer_at_any_alphas(
         source.model.layers[i] = with_tensors(decoder_layers(source)[i], permuted)
     plan = plan_of([1, 2, 3])
     layers = {i: layer_tensors(decoder_layers(source)[i]) for i in (1, 2, 3)}
-    merged = merge(source, plan, SIMPLEX, align_group(plan.groups[0], layers, "weights", SPEC))
+    merged = merge(source, plan, SIMPLEX, align_members(1, layers, "weights", SPEC))
     dropped = logits(fresh_model(source, [0, 1]))
     torch.testing.assert_close(logits(shake(merged).causal_lm), dropped, rtol=1e-4, atol=1e-4)
 
@@ -359,6 +363,31 @@ def test_alphas_carry_over_to_another_merged_model(config: AlphaConfig) -> None:
     torch.testing.assert_close(
         logits(second.causal_lm), logits(first.causal_lm), rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_simplex_alphas_come_back_from_alphas_json_to_the_bit(
+    granularity: Granularity, tmp_path: Path
+) -> None:
+    config = AlphaConfig(granularity=granularity, simplex=True)
+    first, second = shake(merge(tiny_model(), config=config)), merge(tiny_model(), config=config)
+    write_alphas(tmp_path, first.plan, first.alphas())
+    second.set_alphas(read_alphas(tmp_path / "alphas.json", second.plan))
+    for left, right in zip(first.alphas(), second.alphas(), strict=True):
+        assert all(torch.equal(left[name], right[name]) for name in left)
+    assert same(weights(first.plain()), weights(second.plain()))
+    assert torch.equal(logits(first.causal_lm), logits(second.causal_lm))
+
+
+def test_alphas_that_are_trained_after_they_were_set_are_the_trained_ones() -> None:
+    merged = merge(tiny_model(), config=AlphaConfig(granularity="layer", simplex=True))
+    merged.set_alphas([{"layer": torch.tensor([0.7, 0.3])}])
+    logits(merged.causal_lm)
+    before = merged.alphas()[0]["layer"]
+    shake(merged)
+    (layer,) = merged.merged_layers()
+    assert not torch.equal(merged.alphas()[0]["layer"], before)
+    assert torch.equal(merged.alphas()[0]["layer"], layer.free["layer"].detach().softmax(dim=0))
 
 
 def test_shares_below_the_floor_of_the_start_carry_over() -> None:

@@ -1,22 +1,28 @@
 import dataclasses
 import importlib.util
-from collections.abc import Callable
+import itertools
+import math
+import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
 from conftest import byte_tokenizer
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from vocabularies import TOKENIZERS, fast
 
 from lmerge.data.prompts import (
     ANSWER_TEXTS,
+    BATCH_SHARE,
     QUESTION_TEXTS,
     ROWS,
     build_choice_batches,
     calibration_text,
     check_shots,
+    cut_rows,
     prefix_text,
     prompt_text,
 )
@@ -68,57 +74,6 @@ def question(text: str, choices: tuple[str, str, str, str], answer: int) -> Ques
 
 EXAMPLE = question("What is 1+1?", ("one", "two", "three", "None"), 1)
 ASKED = question(" Why?", ("w", "x", "y", "z"), 3)
-
-
-def corpus() -> list[str]:
-    return [calibration_text(q) + "\n\n" for q in load_questions("bank", "val")]
-
-
-def bpe(pre_tokenizer: pre_tokenizers.PreTokenizer) -> Tokenizer:
-    """A BPE tokenizer trained on the bank; it has tokens for " A" and for double line breaks."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizer
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1500, initial_alphabet=alphabet, show_progress=False, special_tokens=["<s>"]
-    )
-    tokenizer.train_from_iterator(corpus(), trainer)
-    return tokenizer
-
-
-def fast(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
-def add_ends(tokenizer: Tokenizer) -> Tokenizer:
-    """Make the tokenizer put <s> before and after each text."""
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A <s>", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
-    )
-    return tokenizer
-
-
-def sentencepiece_bpe() -> Tokenizer:
-    """Spaces become ▁ and one stands before each text, as in Llama 2."""
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-    special = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=2000, show_progress=False, special_tokens=special)
-    tokenizer.train_from_iterator(corpus(), trainer)
-    return add_ends(tokenizer)
-
-
-TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
-    "byte": byte_tokenizer,
-    "bpe": lambda: fast(bpe(pre_tokenizers.ByteLevel(add_prefix_space=False))),
-    "bos": lambda: fast(add_ends(bpe(pre_tokenizers.ByteLevel(add_prefix_space=False)))),
-    # Without word boundaries a token may join the end of a text with what follows it.
-    "greedy": lambda: fast(bpe(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))),
-    "sentencepiece": lambda: fast(sentencepiece_bpe()),
-}
 
 
 @pytest.fixture(scope="module", params=TOKENIZERS)
@@ -319,6 +274,31 @@ def test_a_batch_is_bounded_unless_it_is_one_row(
         assert batch.token_BT.numel() <= max_tokens or len(batch.token_BT) == 1
 
 
+def cost_of(parts: Iterable[list[int]], lengths: list[int], max_tokens: int) -> float:
+    """Padded tokens and the price of each batch; infinite where a batch is too large."""
+    total = 0
+    for part in parts:
+        padded = len(part) * max(lengths[i] for i in part)
+        if padded > max_tokens and len(part) > 1:
+            return math.inf
+        total += padded + max_tokens // BATCH_SHARE
+    return total
+
+
+@pytest.mark.parametrize("max_tokens", [40, 320, 960])
+@pytest.mark.parametrize("seed", range(3))
+def test_no_other_cut_of_the_sorted_rows_costs_less(max_tokens: int, seed: int) -> None:
+    lengths = random.Random(seed).choices(range(1, 90), k=9)
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    cuts = itertools.product([False, True], repeat=len(lengths) - 1)
+    least = math.inf
+    for cut in cuts:
+        ends = [0, *(i for i, here in enumerate(cut, start=1) if here), len(order)]
+        way = [order[a:b] for a, b in itertools.pairwise(ends)]
+        least = min(least, cost_of(way, lengths, max_tokens))
+    assert cost_of(cut_rows(lengths, max_tokens), lengths, max_tokens) == least
+
+
 def test_padding_is_on_the_right_and_only_there(asked: list[Question], examples: Examples) -> None:
     for batch in batches_of(asked, examples, byte_tokenizer(), "cloze"):
         padded_BT = batch.segment_BT == PADDING_SEGMENT
@@ -356,6 +336,22 @@ def test_too_long_prompts_get_fewer_examples(asked: list[Question], examples: Ex
     batches = batches_of(asked, examples, tokenizer, "cloze", num_shots=5, max_length=limit)
     found = [paths(batch, row) for batch in batches for row in range(len(batch.index_B))]
     assert max(len(path) for row in found for path in row) <= limit
+
+
+def test_a_long_question_takes_no_examples_from_the_others(examples: Examples) -> None:
+    tokenizer, long = byte_tokenizer(), dataclasses.replace(ASKED, text="Why? " * 100)
+    shown = {("college_biology", "en"): [EXAMPLE]}
+    limit = len(tokenizer(prompt_text(long, [], "letter"))["input_ids"]) + 10
+    batches = batches_of([ASKED, long], shown, tokenizer, "letter", num_shots=1, max_length=limit)
+    prompts = {
+        batch.index_B.tolist()[row]: tokenizer.decode(paths(batch, row)[0]).rstrip()
+        for batch in batches
+        for row in range(len(batch.index_B))
+    }
+    assert prompts == {
+        0: prompt_text(ASKED, [EXAMPLE], "letter"),
+        1: prompt_text(long, [], "letter"),
+    }
 
 
 def test_a_drop_of_examples_is_logged(

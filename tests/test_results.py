@@ -9,6 +9,7 @@ from rich.console import Console
 
 from lmerge.results import (
     accuracy,
+    group_tables,
     loss,
     ppl,
     print_table,
@@ -19,16 +20,29 @@ from lmerge.results import (
 
 RATE = {"accuracy": 0.25, "low": 0.2, "high": 0.305, "num_questions": 40}
 SCORES = {"loss": 3.4412, "loss_low": 3.3, "loss_high": 3.5999, "ppl": 31.22, "kl": 0.0456}
+BY_NAME = {"law": RATE, "math": {**RATE, "num_questions": 41}}
+ANSWERED = {
+    "micro": RATE,
+    "macro": {**RATE, "accuracy": 0.26},
+    "by_subject": BY_NAME,
+    "by_domain": {"all": RATE},
+    "by_language": BY_NAME,
+    "calibration_error": 0.1234,
+    "confusion": [[10, 0, 0, 0], [9, 1, 0, 0], [10, 0, 0, 0], [8, 0, 2, 0]],
+}
+CHOICES = {
+    "source": ANSWERED,
+    "merged": {**ANSWERED, "micro": {**RATE, "accuracy": 0.3}},
+    "difference": {"value": 0.05, "low": -0.021, "high": 0.1, "p_value": 0.2},
+    "mcnemar": {"only_a": 3, "only_b": 5, "p_value": 0.7265625},
+}
 COST = {"layers": 30, "parameters": 134_515_008, "bytes": 2**29, "prefill_tokens_per_s": 1234.5}
 
 
 def results() -> dict[str, Any]:
     return {
         "cost": {"source": COST, "merged": {**COST, "layers": 27}},
-        "choices": {
-            scoring: {"source": {"micro": RATE}, "merged": {"micro": {**RATE, "accuracy": 0.3}}}
-            for scoring in ("letter", "cloze")
-        },
+        "choices": dict.fromkeys(("letter", "cloze"), CHOICES),
         "text": {"en": {"source": SCORES, "merged": {**SCORES, "ppl": 1e5}}},
     }
 
@@ -84,7 +98,15 @@ def test_a_table_has_costs_then_choices_then_texts() -> None:
         "size of the weights",
         "prefill (tokens/s)",
         "accuracy, letters",
+        "mean over 2 subjects, letters",
+        "difference, letters",
+        "calibration error, letters",
+        "chosen A/B/C/D, letters",
         "accuracy, answer texts",
+        "mean over 2 subjects, answer texts",
+        "difference, answer texts",
+        "calibration error, answer texts",
+        "chosen A/B/C/D, answer texts",
         "loss on en text (nats/token)",
         "perplexity on en text",
         "KL from the source on en text",
@@ -98,6 +120,31 @@ def test_a_table_has_source_before_merged() -> None:
     assert rows["accuracy, letters"] == ("25.0% [20.0, 30.5]", "30.0% [20.0, 30.5]")
     assert rows["perplexity on en text"] == ("31.22", "1e+05")
     assert rows["KL from the source on en text"] == ("0", "0.046")
+
+
+def test_a_table_says_how_often_each_letter_was_chosen() -> None:
+    rows = {row[0]: row[1:] for row in table_rows(results())}
+    assert rows["chosen A/B/C/D, letters"] == ("37/1/2/0", "37/1/2/0")
+
+
+def test_a_difference_has_its_interval_and_p_value() -> None:
+    rows = {row[0]: row[1:] for row in table_rows(results())}
+    assert rows["difference, letters"] == ("", "+5.0 [-2.1, +10.0], p = 0.73")
+
+
+def test_groups_are_listed_where_there_are_several() -> None:
+    tables = group_tables(results())
+    assert [row[0] for row in tables["accuracy by group (questions), letters"]] == [
+        "language law (40)",
+        "language math (41)",
+        "subject law (40)",
+        "subject math (41)",
+    ]
+
+
+def test_every_accuracy_of_a_group_has_its_interval() -> None:
+    for rows in group_tables(results()).values():
+        assert {cell for row in rows for cell in row[1:]} == {accuracy(RATE)}
 
 
 def test_a_table_without_costs_has_no_costs() -> None:

@@ -9,7 +9,9 @@ from models import plan_of
 from torch import Tensor
 
 from lmerge.align import Orders
+from lmerge.alpha_files import alphas_fingerprint, read_alphas, write_alphas
 from lmerge.alphas import Alphas
+from lmerge.checkpoints import checkpoint_state, read_checkpoint
 from lmerge.files import write_json, write_tensors
 from lmerge.llama import MATRICES, HeadSpec
 from lmerge.plan import MergePlan
@@ -17,17 +19,12 @@ from lmerge.runs import (
     Refits,
     RunState,
     alignment_key,
-    alphas_fingerprint,
-    checkpoint_state,
     motion_of,
-    read_alphas,
-    read_checkpoint,
     read_orders,
     read_plan,
     read_refits,
     read_run,
     with_refits_of,
-    write_alphas,
     write_orders,
     write_plan,
     write_refits,
@@ -430,6 +427,17 @@ def damaged(**changes: object) -> dict[str, object]:
         {"lmerge": {}},
         {"lmerge": damaged(plan={"num_layers": 4})},
         {"lmerge": damaged(plan=None)},
+        {"lmerge": damaged(alphas=None)},
+        {"lmerge": damaged(alphas=[])},
+        {"lmerge": damaged(alphas=[{"layer": torch.ones(3)}] * len(PLAN.groups))},
+        {"lmerge": damaged(alphas=[{"q_proj": torch.ones(2)}] * len(PLAN.groups))},
+        {"lmerge": damaged(alphas=[{"layer": torch.tensor([1.0, torch.nan])}] * len(PLAN.groups))},
+        {"lmerge": damaged(alphas=[{"layer": "text"}] * len(PLAN.groups))},
+        {"lmerge": damaged(orders=None)},
+        {"lmerge": damaged(orders={"1": torch.arange(48)})},
+        {"lmerge": damaged(orders={77: torch.arange(48)})},
+        {"lmerge": damaged(orders={PLAN.groups[0].start: torch.zeros(48, dtype=torch.long)})},
+        {"lmerge": damaged(orders={PLAN.groups[0].start: torch.ones(48)})},
     ],
 )
 def test_a_checkpoint_of_something_else_is_one_line_that_names_the_file(

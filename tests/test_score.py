@@ -3,7 +3,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_model
+from conftest import byte_tokenizer, tiny_model
 from torch import Tensor, nn
 from transformers import (
     LlamaForCausalLM,
@@ -16,7 +16,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from lmerge.data.prompts import build_choice_batches
+from lmerge.data.questions import load_questions
 from lmerge.data.records import IGNORE, ChoiceBatch, Scoring, TextBatch
+from lmerge.data.stage import first_questions
 from lmerge.score import (
     PrefixCache,
     compare_text,
@@ -164,6 +167,30 @@ def test_more_padding_changes_no_score(tiny_llama: LlamaForCausalLM, scoring: Sc
     scores = score_choices(tiny_llama, choice_batch(scoring), PrefixCache())
     padded = score_choices(tiny_llama, choice_batch(scoring, extra_padding=40), PrefixCache())
     torch.testing.assert_close(padded, scores, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("scoring", ["letter", "cloze"])
+def test_the_choice_does_not_depend_on_the_batches(
+    tiny_llama: LlamaForCausalLM, scoring: Scoring
+) -> None:
+    asked = first_questions(load_questions("bank", "val"), 4)
+    found = []
+    for max_tokens in (1, 1500, 20_000):
+        logp_N4 = torch.full((len(asked), 4), torch.nan, dtype=torch.float64)
+        prefixes = PrefixCache()
+        for batch in build_choice_batches(
+            asked,
+            {},
+            byte_tokenizer(),
+            scoring=scoring,
+            num_shots=0,
+            max_tokens_per_batch=max_tokens,
+        ):
+            logp_N4[batch.index_B] = score_choices(tiny_llama, batch, prefixes)
+        found.append(logp_N4)
+    for logp_N4 in found[1:]:
+        torch.testing.assert_close(logp_N4, found[0], rtol=0, atol=1e-3)
+        assert torch.equal(logp_N4.argmax(dim=1), found[0].argmax(dim=1))
 
 
 def test_an_answer_does_not_see_the_others(tiny_llama: LlamaForCausalLM) -> None:

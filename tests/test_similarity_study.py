@@ -136,3 +136,13 @@ def test_a_shipped_config_parses(name: str) -> None:
     path = Path(__file__).parents[1] / "configs" / f"{name}.yaml"
     options = parser.instantiate_classes(parser.parse_args(["--config", str(path)]))
     assert set(options["measures"]) <= set(MEASURES)
+
+
+def test_a_domain_of_ones_own_is_measured(options) -> None:
+    options["domains"], options["extra_domains"] = (
+        ["care", "math"],
+        {"care": ["clinical_knowledge"]},
+    )
+    run_similarity(**options)
+    data = read_json(options["out_dir"] / RESULT, schema=SCHEMA)
+    assert data["num_prompts"] == {"care/en": 6, "math/en": 6}

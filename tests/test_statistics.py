@@ -11,6 +11,7 @@ from lmerge.statistics import (
     macro_interval,
     mcnemar_exact,
     paired_bootstrap,
+    stratified_bootstrap,
     wilson_interval,
 )
 
@@ -234,3 +235,18 @@ def test_the_exact_sum_does_not_depend_on_the_order() -> None:
 
 def test_a_single_unit_is_no_evidence_of_a_difference() -> None:
     assert paired_bootstrap([1.0], [0.0], seed=0).p_value == 1
+
+
+def test_one_stratum_has_the_interval_of_its_ratio() -> None:
+    values, weights = [1.0, 5.0, 2.0, 4.0], [1.0, 2.0, 1.0, 3.0]
+    wanted = bootstrap_interval(values, seed=3, weights=weights)
+    assert stratified_bootstrap([values], seeds=[3], weights=[weights]) == wanted
+
+
+def test_strata_of_one_seed_are_drawn_alike_and_others_average_out() -> None:
+    values, weights = [1.0, 5.0, 2.0, 4.0, 9.0], [1.0] * 5
+    alone = bootstrap_interval(values, seed=0)
+    same = stratified_bootstrap([values] * 4, seeds=[0] * 4, weights=[weights] * 4)
+    other = stratified_bootstrap([values] * 4, seeds=range(4), weights=[weights] * 4)
+    assert same == pytest.approx(alone)
+    assert other.high - other.low < 0.7 * (alone.high - alone.low)

@@ -10,7 +10,8 @@ import torch
 from cli_run import fit, run
 from transformers import AutoModelForCausalLM
 
-from lmerge.runs import read_alphas, read_plan
+from lmerge.alpha_files import read_alphas
+from lmerge.runs import read_plan
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
-from itertools import islice
+from itertools import cycle, groupby, islice
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +20,7 @@ from lmerge.data.tokens import encode
 
 logger = logging.getLogger(__name__)
 
-Batch = TypeVar("Batch", bound=ChoiceBatch | TextBatch)
+BatchT = TypeVar("BatchT", bound=ChoiceBatch | TextBatch)
 DomainSubjects = Mapping[str, Sequence[str]]
 
 
@@ -64,16 +64,21 @@ class ShuffledOrder(DistributedSampler[int]):
         """Do nothing: Lightning counts an interrupted epoch as done, so the loader counts."""
 
     def __len__(self) -> int:
-        return -(-self.size // _world()[1])
+        return -(-self.size // world()[1])
+
+    @property
+    def num_repeats(self) -> int:
+        """Samples that are served twice: the last one of each of the last processes."""
+        return len(self) * world()[1] - self.size
 
     def __iter__(self) -> Iterator[int]:
-        rank, num_processes = _world()
+        rank, num_processes = world()
         order = _permutation(self.size, self.seed * 1_000_003 + self.epoch)
-        order += order[: len(self) * num_processes - self.size]
+        order += islice(cycle(order), self.num_repeats)
         return iter(order[rank::num_processes])
 
 
-def _world() -> tuple[int, int]:
+def world() -> tuple[int, int]:
     """Return the rank of this process and the number of processes."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
@@ -81,7 +86,13 @@ def _world() -> tuple[int, int]:
 
 
 class ResumableLoader(DataLoader[dict[str, Tensor]]):
-    """A loader with a `ShuffledOrder` that goes on where a checkpoint was written."""
+    """A loader with a `ShuffledOrder` that goes on where a checkpoint was written.
+
+    Each batch gets `share`, by which its mean loss is to be multiplied so that the mean over
+    processes is the mean over the different samples of the global batch: 1, but for the last batch
+    of an epoch where samples repeat. Repeated samples are left out, or, where a process has nothing
+    else, served with share 0.
+    """
 
     _skip = 0
     _served = 0
@@ -91,9 +102,11 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
         self._served = skip
         for batch in islice(super().__iter__(), skip, None):
             self._served += 1
+            repeats = 0
             if self._served == len(self):
+                repeats = self._order().num_repeats
                 self._next_epoch()
-            yield batch
+            yield without_repeats(batch, repeats, *world())
 
     def _next_epoch(self) -> None:
         self._served = 0
@@ -110,6 +123,37 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on after the batches that were served before the checkpoint."""
         self._order().epoch, self._skip = state["epoch"], state["served"]
+
+
+def without_repeats(
+    batch: dict[str, Tensor], num_repeats: int, rank: int, num_processes: int
+) -> dict[str, Tensor]:
+    """Return a process's batch without its repeated sample, and with its `share`.
+
+    Args:
+        batch: As many samples as each other process has, the repeated one last.
+        num_repeats: Repeated samples of the global batch, one on each of the last processes.
+        rank: This process.
+        num_processes: All processes.
+    """
+    size = len(batch["index"])
+    own = size - (rank >= num_processes - num_repeats)
+    share = num_processes * own / (num_processes * size - num_repeats)
+    kept = {name: value[: max(own, 1)] for name, value in batch.items()}
+    return {**kept, "share": torch.tensor(share)}
+
+
+def in_rounds(batches: Sequence[BatchT], num_processes: int) -> list[BatchT]:
+    """Return the batches with the last of each kind repeated to a multiple of `num_processes`.
+
+    Processes that take turns then hold batches of one kind at the same time, and so make equally
+    many passes through a model that is split over them. Metrics count a repeated batch once.
+    """
+    found: list[BatchT] = []
+    for _, same in groupby(batches, key=type):
+        kind = list(same)
+        found += kind + kind[-1:] * (-len(kind) % num_processes)
+    return found
 
 
 def by_domain_language(
@@ -222,7 +266,7 @@ def context_length(config: PretrainedConfig) -> int:
     return min(int(limit) for limit in limits if limit)
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
+def to_device(batch: BatchT, device: torch.device) -> BatchT:
     """Return the batch with its tensors on a device; the fields are frozen, so it is a new one."""
     values = {field.name: getattr(batch, field.name) for field in fields(batch)}
     moved: dict[str, Any] = {

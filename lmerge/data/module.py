@@ -17,9 +17,11 @@ from lmerge.data.batching import (
     calibration_streams,
     context_length,
     held_blocks,
+    in_rounds,
     mix_blocks,
     sample_prompts,
     to_device,
+    world,
 )
 from lmerge.data.prompts import build_choice_batches
 from lmerge.data.records import IGNORE, ChoiceBatch, Question, Scoring, TextBatch
@@ -299,7 +301,7 @@ class MMLUDataModule(LightningDataModule):
         # Batches are made beforehand, so that they are the same whatever the number of processes:
         # a distributed sampler hands out whole batches.
         return DataLoader(
-            cast(Dataset[EvaluationBatch], self._batches),
+            cast(Dataset[EvaluationBatch], in_rounds(self._batches, world()[1])),
             batch_size=None,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,

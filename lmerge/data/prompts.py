@@ -3,10 +3,9 @@
 The `letter` format is byte for byte that of Hendrycks et al. (arXiv:2009.03300, their
 evaluate.py), two spaces before the subject included. Departures of others: lm-eval's `mmlu` task
 has one space there and strips white space around the question; the original reads CSV with pandas,
-which rewrites some cells (a column of 6 and 7.5 becomes 6.0 and 7.5, None becomes nan), and drops
-examples per question, not per subject, where a prompt is too long. Header and "Answer:" stay
-English in every language. SmolLM2's tokenizer adds no BOS and lm-eval adds none to it; a tokenizer
-that puts tokens before a text by itself keeps them.
+which rewrites some cells (a column of 6 and 7.5 becomes 6.0 and 7.5, None becomes nan). Header
+and "Answer:" stay English in every language. SmolLM2's tokenizer adds no BOS and lm-eval adds none
+to it; a tokenizer that puts tokens before a text by itself keeps them.
 """
 
 from __future__ import annotations
@@ -14,6 +13,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 Examples = Mapping[tuple[str, str], Sequence[Question]]
 """Few-shot examples of each (subject, language), in the order of the file."""
+
+BATCH_SHARE = 32
+"""A batch costs as much time as this fraction of the tokens that fill one, whatever its size."""
 
 
 def letter_question(question: Question) -> str:
@@ -105,8 +109,8 @@ def build_choice_batches(
         scoring: Format of the prompt and shape of a row, see `ChoiceBatch`.
         num_shots: Examples in a prompt; at least 0.
         max_tokens_per_batch: Bound on B times T, prefix not counted; a longer row is alone.
-        max_length: Longest prompt with an answer, in tokens; a subject whose prompts are longer
-            gets fewer examples. None for no limit.
+        max_length: Longest prompt with an answer, in tokens; a question whose prompt is longer
+            gets fewer examples, as in the original. None for no limit.
 
     Raises:
         ValueError: If examples are missing, or a question without examples is too long.
@@ -120,21 +124,52 @@ def build_choice_batches(
     for key, members in track(groups.items(), f"prompts ({scoring})", total=len(groups)):
         group = [questions[index] for index in members]
         shots = list(examples.get(key, ()))[:num_shots]
-        prefix, rows = _encode_within(group, shots, tokenizer, scoring, max_length)
-        for part in _parts([len(row.token_ids) for row in rows], max_tokens_per_batch):
-            token_BT, segment_BT = _pad([rows[i] for i in part])
-            batch = ChoiceBatch(
-                scoring=scoring,
-                index_B=torch.tensor([members[i] for i in part]),
-                prefix_P=torch.tensor(prefix),
-                token_BT=token_BT,
-                segment_BT=segment_BT,
-                letter_ids_4=letter_ids_4,
-                choice_length_B4=torch.tensor([list(map(len, group[i].choices)) for i in part]),
-                answer_B=torch.tensor([group[i].answer for i in part]),
-            )
-            batches.append(batch)
+        for encoded in _encode_within(group, shots, tokenizer, scoring, max_length):
+            for part in cut_rows(
+                [len(row.token_ids) for row in encoded.rows], max_tokens_per_batch
+            ):
+                asked = [encoded.members[i] for i in part]
+                token_BT, segment_BT = _pad([encoded.rows[i] for i in part])
+                lengths = [list(map(len, group[i].choices)) for i in asked]
+                batch = ChoiceBatch(
+                    scoring=scoring,
+                    index_B=torch.tensor([members[i] for i in asked]),
+                    prefix_P=torch.tensor(encoded.prefix),
+                    token_BT=token_BT,
+                    segment_BT=segment_BT,
+                    letter_ids_4=letter_ids_4,
+                    choice_length_B4=torch.tensor(lengths),
+                    answer_B=torch.tensor([group[i].answer for i in asked]),
+                )
+                batches.append(batch)
     return batches
+
+
+def cut_rows(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Return positions of rows, shortest rows first, each part at most `max_tokens` when padded.
+
+    Padding costs time and so does a batch: of all ways to cut the sorted rows, the one with the
+    least sum of both is taken.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    batch_cost = max_tokens // BATCH_SHARE
+    # Of the first n rows: the least cost, and where their last part starts.
+    best = [(0, 0)]
+    for stop in range(1, len(order) + 1):
+        width = lengths[order[stop - 1]]
+        first = max(0, stop - max(1, max_tokens // width))
+        best.append(
+            min(
+                (best[start][0] + (stop - start) * width + batch_cost, start)
+                for start in range(first, stop)
+            )
+        )
+    parts, stop = [], len(order)
+    while stop:
+        start = best[stop][1]
+        parts.append(order[start:stop])
+        stop = start
+    return parts[::-1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,28 +180,43 @@ class _Row:
     """Positions that the row takes: the question and its longest answer."""
 
 
+class _Encoded(NamedTuple):
+    """Questions of one group that show the same examples."""
+
+    members: list[int]
+    """Places in the group."""
+    prefix: list[int]
+    rows: list[_Row]
+
+
 def _encode_within(
     group: Sequence[Question],
     shots: Sequence[Question],
     tokenizer: PreTrainedTokenizerBase,
     scoring: Scoring,
     max_length: int | None,
-) -> tuple[list[int], list[_Row]]:
-    """Encode with as many examples as fit."""
-    longest = 0
+) -> Iterator[_Encoded]:
+    """Encode each question with as many examples as fit, those with equally many together."""
+    pending = list(range(len(group)))
+    where = f"{group[0].subject} ({group[0].language}, {scoring})"
     for num_shots in range(len(shots), -1, -1):
-        prefix, rows = _encode(group, shots[:num_shots], tokenizer, scoring)
-        longest = len(prefix) + max(row.depth for row in rows)
-        if max_length is None or longest <= max_length:
-            if num_shots < len(shots):
-                where = f"{group[0].subject} ({group[0].language}, {scoring})"
-                message = "%s: %d of %d examples fit into %d tokens"
-                logger.info(message, where, num_shots, len(shots), max_length)
-            return prefix, rows
+        asked = [group[i] for i in pending]
+        prefix, rows = _encode(asked, shots[:num_shots], tokenizer, scoring)
+        fits = [max_length is None or len(prefix) + row.depth <= max_length for row in rows]
+        fitting = list(compress(pending, fits))
+        if fitting and num_shots < len(shots):
+            message = "%s: %d of %d examples fit into %d tokens for %d of %d questions"
+            logger.info(message, where, num_shots, len(shots), max_length, len(fitting), len(group))
+        if fitting:
+            yield _Encoded(fitting, prefix, list(compress(rows, fits)))
+        pending = [i for i, fit in zip(pending, fits, strict=True) if not fit]
+        if not pending:
+            return
+    longest = len(prefix) + max(row.depth for row in rows)
     raise ValueError(
-        f"prompts must have at most {max_length} tokens, got {longest} without examples for a "
-        f"question of {group[0].subject} ({group[0].language}); remove the question or use "
-        "a model with a longer context."
+        f"prompts must have at most {max_length} tokens, got {longest} without examples for "
+        f"{group[pending[0]].id} of {where}; remove the question or use a model with a longer "
+        "context."
     )
 
 
@@ -229,17 +279,6 @@ def _tree(tail: list[int], question: list[int], *answered: list[int]) -> _Row:
 
 
 ROWS: dict[Scoring, Callable[..., list[_Row]]] = {"letter": _letter_rows, "cloze": _cloze_rows}
-
-
-def _parts(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Yield positions of rows, shortest rows first, with at most `max_tokens` when padded."""
-    part: list[int] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if part and (len(part) + 1) * lengths[i] > max_tokens:
-            yield part
-            part = []
-        part.append(i)
-    yield part
 
 
 def _pad(rows: Sequence[_Row]) -> tuple[Tensor, Tensor]:

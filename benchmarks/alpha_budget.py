@@ -1,0 +1,165 @@
+"""What the methods of alpha_experiment.py share: data, plans, orders and the source's states."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmerge.align import Orders, align_group
+from lmerge.alphas import AlphaConfig
+from lmerge.cache import StateCache, keep_states
+from lmerge.data.module import MMLUDataModule
+from lmerge.data.records import ChoiceBatch
+from lmerge.data.text import read_text, token_blocks
+from lmerge.divergence import Targets, source_targets
+from lmerge.llama import (
+    decoder_layers,
+    head_spec,
+    head_weight,
+    layer_tensors,
+    lm_logits,
+    num_layers,
+    run_span,
+    span,
+)
+from lmerge.merged import MergedLlama, members_in_one_frame
+from lmerge.plan import MergePlan
+from lmerge.preparation import similarity_by_domain
+from lmerge.runs import read_plan, write_plan
+from lmerge.search import search_plan
+from lmerge.source import load_model
+
+
+class Shared:
+    """What all budgets share: source, data, similarity and texts."""
+
+    def __init__(self, folder: Path, name: str, questions: str) -> None:
+        self.folder, self.name, self.questions = folder, name, questions
+        self.source = load_model(name, "float32").requires_grad_(False)
+        self.data = self.data_of("fit", num_calibration_tokens=12_288, num_prompts=20)
+        text_ids = self.data.tokenizer(read_text("bank", split="test"))["input_ids"]
+        held_NT = self.data.calibration_blocks()[self.data.held_out()]
+        self.held = self.data.held_out().nonzero().flatten()
+        self.text_BT = torch.cat([held_NT, token_blocks(text_ids, 256)[:16]])
+        """Held-out blocks, then blocks to report on."""
+
+    def data_of(self, stage: str, **options: Any) -> MMLUDataModule:
+        """Read the questions of a stage."""
+        data = MMLUDataModule(self.name, questions=self.questions, num_shots=0, **options)
+        data.setup(stage)
+        return data
+
+    @cached_property
+    def similarity(self) -> Tensor:
+        """Angular similarity of the layers on calibration prompts."""
+        path = self.folder / "similarity.json"
+        if not path.is_file():
+            found = similarity_by_domain(self.source, self.data, "angular", "last")["all"]
+            path.write_text(json.dumps(found.tolist()))
+        return torch.tensor(json.loads(path.read_text()), dtype=torch.float64)
+
+    @cached_property
+    def choices(self) -> list[ChoiceBatch]:
+        """MMLU test questions, five a subject of the study's domains, zero-shot."""
+        data = self.data_of("test", max_questions=5, eval_text=None)
+        return [b for b in data.test_dataloader() if isinstance(b, ChoiceBatch)]
+
+
+class Budget:
+    """One plan, its orders, and the source's states around it."""
+
+    def __init__(self, shared: Shared, removed: int) -> None:
+        self.shared, self.removed, self.folder = shared, removed, shared.folder / str(removed)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.plan = self._plan()
+        self.orders = self._orders()
+
+    def _plan(self) -> MergePlan:
+        source, data, path = self.shared.source, self.shared.data, self.folder / "plan.json"
+        if not path.is_file():
+            blocks_BT, held_B = data.calibration_blocks(), data.held_out()
+            found = search_plan(
+                source, blocks_BT, held_B, self.removed, "block_repaired", num_fit_tokens=3072
+            )
+            plan = MergePlan(num_layers=num_layers(source), groups=(found[0].group,))
+            write_plan(self.folder, plan)
+        return read_plan(path)
+
+    def _orders(self) -> Orders:
+        (group,), source = self.plan.groups, self.shared.source
+        raw = [layer_tensors(decoder_layers(source)[i]) for i in group.members]
+        framed = members_in_one_frame(raw, [None] * len(raw), group.anchor_position)
+        layers = dict(zip(group.members, framed, strict=True))
+        return align_group(group, layers, "weights", head_spec(source.config))
+
+    def states(self, token_BT: Tensor) -> StateCache:
+        """Return the states of the source, from disk after the first time."""
+        first, folder = self.plan.groups[0].start, self.folder / "states"
+        return keep_states(self.shared.source, token_BT, first, folder=folder, memory=0.0)
+
+    @cached_property
+    def calibration(self) -> StateCache:
+        """States of the calibration blocks."""
+        return self.states(self.shared.data.calibration_blocks())
+
+    @cached_property
+    def text(self) -> StateCache:
+        """States of the held-out blocks and of the text that is reported on."""
+        return self.states(self.shared.text_BT)
+
+    @cached_property
+    def targets(self) -> list[Targets]:
+        """What a KL needs of the source, for each block of `text`."""
+        head_VD = head_weight(self.shared.source)
+        assert head_VD is not None
+        return [source_targets(s_TD, head_VD) for s_TD in self.text.final_BTD]
+
+    def model(self, config: AlphaConfig) -> MergedLlama:
+        """Return a merged model with the alphas that a config starts from."""
+        return MergedLlama(
+            self.shared.source, self.plan, self.orders, config, self.shared.similarity
+        )
+
+    @torch.no_grad()
+    def scores(self, merged: MergedLlama, *, held: bool) -> tuple[list[float], list[float]]:
+        """Return the summed nats and the summed KL of each block."""
+        count, model = len(self.shared.held), merged.causal_lm
+        blocks = range(count) if held else range(count, len(self.shared.text_BT))
+        suffix = span(model, merged.first_merged, num_layers(model), final_norm=True)
+        nats, kls = [], []
+        for i in blocks:
+            state_ND = run_span(suffix, self.text.prefix_BTD[i][None])[0]
+            logits_NV = lm_logits(model, state_ND)
+            lse_N = logits_NV.logsumexp(dim=-1)
+            target_N = self.shared.text_BT[i, 1:]
+            nll_N = lse_N[:-1] - logits_NV[:-1].gather(1, target_N[:, None])[:, 0]
+            mean_ND, plogp_N = self.targets[i]
+            kl_N = plogp_N + lse_N - (state_ND * mean_ND).sum(dim=-1)
+            nats.append(float(nll_N.double().sum()))
+            kls.append(float(kl_N[:-1].double().sum()))
+        return nats, kls
+
+    def held_kl(self, merged: MergedLlama) -> float:
+        """Return the KL on the held-out calibration blocks, in nats a token."""
+        _, kls = self.scores(merged, held=True)
+        return sum(kls) / (255 * len(kls))
+
+    @torch.no_grad()
+    def source_nats(self) -> list[float]:
+        """Return the source's summed nats of each block that is reported on."""
+        nats = []
+        for i in range(len(self.shared.held), len(self.shared.text_BT)):
+            logits_NV = lm_logits(self.shared.source, self.text.final_BTD[i])
+            nats.append(
+                float(
+                    torch.nn.functional.cross_entropy(
+                        logits_NV[:-1], self.shared.text_BT[i, 1:], reduction="sum"
+                    )
+                )
+            )
+        return nats

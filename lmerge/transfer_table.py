@@ -1,0 +1,228 @@
+"""How well plans travel: losses by question -> rows with intervals, a table, a figure's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lmerge.plan import Group
+from lmerge.statistics import Difference, Interval, paired_bootstrap, stratified_bootstrap
+from lmerge.transfer import MIXED, Rule
+
+Nats = Mapping[str, Sequence[float]]
+"""Domain measured on -> nats of each question."""
+Plans = Mapping[tuple[Rule, int, str], Group]
+"""Rule, layers removed and the text that the plan was made on -> the block."""
+Models = Mapping[tuple[Group, str], Nats]
+"""Block and the text of its refit -> losses."""
+
+
+class Row(NamedTuple):
+    """A plan of one domain, measured on another."""
+
+    rule: Rule
+    num_removed: int
+    refit: str
+    """`own`: the plan's domain was calibrated on too; `mixed`: all domains alike."""
+    plan_from: str
+    measured_on: str
+    layers: tuple[int, int]
+    """First and last layer of the block."""
+    increase: Difference
+    """Loss above the source's, in nats a token."""
+    regret: Difference | None
+    """Loss above that of the plan that was made on the measured domain; None for that one."""
+
+
+class Summary(NamedTuple):
+    """A rule in one line."""
+
+    rule: Rule
+    num_removed: int
+    refit: str
+    num_plans: int
+    """Different blocks that the domains chose."""
+    home: float
+    """Mean increase on the domain that the plan was made on."""
+    away: float
+    """Mean increase on the other domains."""
+    regret: float
+    """Mean loss of a foreign plan above the home one."""
+    interval: Interval
+    """Of the regret, over questions."""
+
+
+def transfer_rows(
+    plans: Plans, models: Models, source: Nats, tokens: Nats, *, seed: int
+) -> list[Row]:
+    """Return a row for each rule, number of layers, refit, plan and measured domain."""
+    rows = []
+    for (rule, num_removed, name), group in plans.items():
+        for refit in ("own", MIXED):
+            if name == MIXED and refit == "own":
+                continue
+            nats = models[group, name if refit == "own" else MIXED]
+            for other in tokens:
+                home = models[plans[rule, num_removed, other], other if refit == "own" else MIXED]
+                rows.append(
+                    Row(
+                        rule,
+                        num_removed,
+                        refit,
+                        name,
+                        other,
+                        (group.start, group.stop - 1),
+                        _difference(nats[other], source[other], tokens[other], seed),
+                        None
+                        if other == name
+                        else _difference(nats[other], home[other], tokens[other], seed),
+                    )
+                )
+    return rows
+
+
+def _difference(
+    a: Sequence[float], b: Sequence[float], tokens: Sequence[float], seed: int
+) -> Difference:
+    return paired_bootstrap(a, b, seed=seed, weights=tokens)
+
+
+def summaries(
+    rows: Sequence[Row], plans: Plans, models: Models, tokens: Nats, *, seed: int
+) -> list[Summary]:
+    """Return a line for each rule, number of layers and refit."""
+    found = []
+    domains = list(dict.fromkeys(name.rpartition("/")[0] for name in tokens))
+    seeds = [seed + domains.index(name.rpartition("/")[0]) for name in tokens]
+    for rule, num_removed, refit in dict.fromkeys((r.rule, r.num_removed, r.refit) for r in rows):
+        chosen = [
+            row for row in rows if row[:3] == (rule, num_removed, refit) and row.plan_from != MIXED
+        ]
+        home = [row.increase.value for row in chosen if row.regret is None]
+        away = [row.increase.value for row in chosen if row.regret is not None]
+        regret = [row.regret.value for row in chosen if row.regret is not None]
+        interval = stratified_bootstrap(
+            [_mean_regret(plans, models, tokens, rule, num_removed, refit, b) for b in tokens],
+            seeds=seeds,
+            weights=[list(t) for t in tokens.values()],
+        )
+        blocks = {plans[rule, num_removed, name] for name in tokens}
+        found.append(
+            Summary(
+                rule,
+                num_removed,
+                refit,
+                len(blocks),
+                _mean(home),
+                _mean(away),
+                _mean(regret),
+                interval,
+            )
+        )
+    return found
+
+
+def _mean_regret(
+    plans: Plans,
+    models: Models,
+    tokens: Nats,
+    rule: Rule,
+    num_removed: int,
+    refit: str,
+    measured_on: str,
+) -> Tensor:
+    """Return, for each question, the mean over foreign plans of its nats above the home plan's."""
+
+    def nats(name: str) -> Tensor:
+        text = name if refit == "own" else MIXED
+        found = models[plans[rule, num_removed, name], text][measured_on]
+        return torch.tensor(found, dtype=torch.float64)
+
+    home_N = nats(measured_on)
+    return torch.stack([nats(n) - home_N for n in tokens if n != measured_on]).mean(dim=0)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def row_record(row: Row) -> dict[str, Any]:
+    """Return a row as JSON data."""
+    regret = None if row.regret is None else row.regret._asdict()
+    return {**row._asdict(), "increase": row.increase._asdict(), "regret": regret}
+
+
+def transfer_markdown(rows: Sequence[Row], lines: Sequence[Summary]) -> str:
+    """Return the summary and one table for each rule, number of layers and refit."""
+    parts = [summary_table(lines)]
+    for rule, num_removed, refit in dict.fromkeys((r.rule, r.num_removed, r.refit) for r in rows):
+        chosen = [row for row in rows if row[:3] == (rule, num_removed, refit)]
+        text = "the plan's domain" if refit == "own" else "all domains alike"
+        parts.append(f"### {rule}, {num_removed} layers removed, refitted on {text}\n")
+        parts.append(_table(chosen))
+    return "\n".join(parts)
+
+
+def summary_table(lines: Sequence[Summary]) -> str:
+    """Return one line for each rule, number of layers and refit as a Markdown table."""
+    head = (
+        "| plan by | removed | refit on | different plans | increase at home | elsewhere | "
+        "a foreign plan costs (95%) |"
+    )
+    body = [
+        f"| {x.rule} | {x.num_removed} | {x.refit} | {x.num_plans} | {x.home:.3f} | {x.away:.3f} | "
+        f"{x.regret:+.3f} [{x.interval.low:+.3f}, {x.interval.high:+.3f}] |"
+        for x in lines
+    ]
+    return "\n".join([head, "|---" * 7 + "|", *body]) + "\n"
+
+
+def _table(rows: Sequence[Row]) -> str:
+    columns = list(dict.fromkeys(row.measured_on for row in rows))
+    lines = [f"| plan made on | block | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    for name in dict.fromkeys(row.plan_from for row in rows):
+        own = [row for row in rows if row.plan_from == name]
+        first, last = own[0].layers
+        lines.append(f"| {name} | {first}-{last} | {' | '.join(map(_cell, own))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: Row) -> str:
+    value = f"{row.increase.value:.3f} [{row.increase.low:.3f}, {row.increase.high:.3f}]"
+    return value + mark(row)
+
+
+def mark(row: Row) -> str:
+    """Return what a cell says of the home plan: `*` surely worse than it, `+` surely better."""
+    if row.regret is None:
+        return ""
+    return "*" if row.regret.low > 0 else "+" if row.regret.high < 0 else ""
+
+
+Panel = tuple[list[str], list[str], Tensor, list[list[str]]]
+"""Names of the plans, names of the measured domains, values, texts."""
+
+
+def figure_panels(rows: Sequence[Row]) -> dict[str, Panel]:
+    """Return the heatmaps of the plans that were refitted on their own domain."""
+    panels = {}
+    for rule, num_removed in dict.fromkeys((row.rule, row.num_removed) for row in rows):
+        chosen = [r for r in rows if (r.rule, r.num_removed) == (rule, num_removed)]
+        chosen = [r for r in chosen if r.refit == "own" or r.plan_from == MIXED]
+        plans = list(dict.fromkeys(row.plan_from for row in chosen))
+        domains = list(dict.fromkeys(row.measured_on for row in chosen))
+        lines = [[row for row in chosen if row.plan_from == name] for name in plans]
+        first = [line[0].layers[0] for line in lines]
+        panels[f"{rule}, {num_removed} layers removed"] = (
+            [
+                f"{name} ({start}-{start + num_removed})"
+                for name, start in zip(plans, first, strict=True)
+            ],
+            domains,
+            torch.tensor([[row.increase.value for row in line] for line in lines]),
+            [[f"{row.increase.value:.2f}{mark(row)}" for row in line] for line in lines],
+        )
+    return panels
