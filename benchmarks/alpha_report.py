@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from scipy.stats import pearsonr
 
@@ -89,7 +90,7 @@ def print_questions(cells: Cells, removed: int) -> None:
         row = f"| {key[2]} | {'yes' if key[3] else ''} |"
         for scoring in ("cloze", "letter"):
             right = cells[key][scoring]
-            rate = micro_accuracy(np_bool(right))
+            rate = micro_accuracy(torch.tensor(right, dtype=torch.bool))
             row += f" {100 * rate.value:.1f}% [{100 * rate.low:.0f}, {100 * rate.high:.0f}] |"
             base = cells.get(("mmlu", removed, "anchor", key[3]))
             if base is None or key[2] == "anchor":
@@ -98,13 +99,6 @@ def print_questions(cells: Cells, removed: int) -> None:
             test = mcnemar_exact(right, base[scoring])
             row += f" +{test.only_a} -{test.only_b}, p {test.p_value:.2g} |"
         print(row)
-
-
-def np_bool(values: list[int]) -> Any:
-    """Return a bool tensor."""
-    import torch
-
-    return torch.tensor(values, dtype=torch.bool)
 
 
 def kl_figure(cells: Cells) -> Figure:
@@ -117,6 +111,8 @@ def kl_figure(cells: Cells) -> Figure:
         names = [k[2] for k in cells if k[0] == "text" and k[1] == removed and not k[3]]
         for shift, refit, colour in ((-0.15, False, "grey"), (0.15, True, "steelblue")):
             for place, name in enumerate(names):
+                if ("text", removed, name, refit) not in cells:
+                    continue
                 values = cells["text", removed, name, refit]["kl"]
                 low, high = bootstrap_interval(values, seed=0, weights=[TOKENS] * len(values))
                 label = ("refitted" if refit else "alphas alone") if place == 0 else None

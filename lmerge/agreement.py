@@ -46,6 +46,12 @@ def agreement(a_LL: Tensor, b_LL: Tensor) -> Agreement:
     return Agreement(*full, *upper, int((upper_LL & ~both_LL).sum()))
 
 
+def upper_pearson(a_LL: Tensor, b_LL: Tensor) -> float:
+    """Return `Agreement.pearson_upper` alone, which takes a small part of the time."""
+    chosen_LL = (a_LL.isfinite() & b_LL.isfinite()).triu(1)
+    return pearson(a_LL[chosen_LL], b_LL[chosen_LL])
+
+
 def _correlations(a_N: Tensor, b_N: Tensor) -> tuple[float, float]:
     return pearson(a_N, b_N), pearson(_ranks(a_N), _ranks(b_N))
 
@@ -118,7 +124,7 @@ def split_half(
 
 
 def _across(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
-    return agreement(a[0], b[1]).pearson_upper
+    return upper_pearson(a[0], b[1])
 
 
 def _draw(x_LND: Tensor, seed: int, halves: bool) -> Tensor:

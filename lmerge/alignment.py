@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
+from filelock import FileLock
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -30,8 +31,9 @@ logger = logging.getLogger(__name__)
 class HungarianAlignment(Callback):
     """Aligns every group's members to its anchor before the module merges them.
 
-    What was found is kept in the run folder under `alignment_cache/`, by source, plan, method and
-    calibration blocks, so that a later run with the same ones does not solve again.
+    What was found is kept in `model.cache_dir`, or in the run folder under `alignment_cache/`, by
+    source, plan, method and calibration blocks, so that another run with the same ones does not
+    solve again.
 
     Args:
         method: `weights`, `activations` (their correlation on calibration tokens) or `both` match
@@ -82,16 +84,19 @@ class HungarianAlignment(Callback):
         assert module.state is not None
         groups = module.state.plan.groups
         blocks_BT = self._blocks(module)
-        path = module.run_dir / "alignment_cache" / f"{self._key(module, blocks_BT)}.safetensors"
-        orders: Orders = read_orders(path) if path.is_file() else {}
-        if orders:
-            logger.info("alignment read from %s", path)
-        else:
-            orders = self._solve(module, groups, blocks_BT)
+        folder = module.cache_dir or module.run_dir / "alignment_cache"
+        path = folder / f"{self._key(module, blocks_BT)}.safetensors"
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):  # the trials of a sweep come at the same time
+            orders: Orders = read_orders(path) if path.is_file() else {}
+            if orders:
+                logger.info("alignment read from %s", path)
+            else:
+                orders = self._solve(module, groups, blocks_BT)
+                if orders:
+                    write_orders(module.run_dir, orders, path)
         for group in track(groups, "matched similarity"):
             self._measure(group, members(module, group), orders)
-        if orders and not path.is_file():
-            write_orders(module.run_dir, orders, path)
         return orders
 
     def _blocks(self, module: AlphaModule) -> Tensor | None:

@@ -11,9 +11,11 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmerge.alignment import HungarianAlignment
 from lmerge.alpha_files import write_alphas
+from lmerge.compose import repair
 from lmerge.cost import measure_costs
 from lmerge.data.tokens import encode
 from lmerge.export import export_model, model_card, verify_export, write_card
@@ -25,16 +27,12 @@ from lmerge.figures import (
     similarity_figure,
 )
 from lmerge.files import provenance, write_json
-from lmerge.gate import (
-    PROMPTS,
-    check_gate,
-    gate_notes,
-    gate_rows,
-    generation_sanity,
-)
+from lmerge.gate import check_gate, gate_notes, gate_rows
+from lmerge.generation import NUM_TOKENS, PROMPTS, generation_sanity, greedy
+from lmerge.heal import HealConfig, heal
 from lmerge.module import AlphaModule
 from lmerge.progress import track
-from lmerge.repair import RepairConfig, refit_groups
+from lmerge.repair import RepairConfig
 from lmerge.results import Row, group_tables, print_table, table_rows, write_metrics
 from lmerge.runs import (
     write_orders,
@@ -63,14 +61,20 @@ def _say_later(module: AlphaModule, what: str) -> None:
 
 
 class Repair(Callback):
-    """Refits the merged layers in closed form when training ends.
+    """Refits layers in closed form when training ends, and heals them if that is asked for.
 
     Args:
         config: Method and regularisation.
+        heal: A short training by KL afterwards; none by default.
     """
 
-    def __init__(self, config: RepairConfig = RepairConfig()) -> None:  # noqa: B008 - frozen
+    def __init__(
+        self,
+        config: RepairConfig = RepairConfig(),  # noqa: B008 - frozen
+        heal: HealConfig = HealConfig(),  # noqa: B008 - frozen
+    ) -> None:
         self.config = config
+        self.heal = heal
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = _module(pl_module)
@@ -78,9 +82,17 @@ class Repair(Callback):
             _say_later(module, "repaired")
             return
         if trainer.is_global_zero:
-            states_BTD, held_B = module.cache().prefix_BTD, module.data().held_out()
-            refit_groups(module.source, module.merged, states_BTD, held_B, self.config)
+            repair_and_heal(module, self.config, self.heal)
         module.merged.set_refits(trainer.strategy.broadcast(module.merged.refits()))
+        for position, tensors in trainer.strategy.broadcast(module.merged.kept_refits).items():
+            module.merged.refit_layer(position, tensors)
+
+
+def repair_and_heal(module: AlphaModule, config: RepairConfig, healing: HealConfig) -> None:
+    """Refit the merged model of a module to the source, then train what `healing` names."""
+    cache, held_B, merged = module.cache(), module.data().held_out(), module.merged
+    repair(module.source, merged, cache, held_B, config)
+    heal(module.source, merged, cache, held_B, healing, seed=module.seed)
 
 
 class Artefacts(Callback):
@@ -103,8 +115,8 @@ class Artefacts(Callback):
         module = _module(pl_module)
         alphas, refits = module.merged.alphas(), module.merged.refits()
         write_alphas(module.run_dir, module.merged.plan, alphas)
-        if any(refits):
-            write_refits(module.run_dir, refits, alphas)
+        if any(refits) or module.merged.kept_refits:
+            write_refits(module.run_dir, refits, alphas, module.merged.kept_refits)
 
     @rank_zero_only
     def on_exception(
@@ -164,7 +176,10 @@ def write_search(trainer: Trainer, module: AlphaModule) -> None:
     """Write what the candidates of the plan search cost, and their figure."""
     if not module.candidates:
         return
-    costs = [{"members": list(c.group.members), "kl": c.kl} for c in module.candidates]
+    costs = [
+        {"groups": [list(group.members) for group in c.groups], "kl": c.kl}
+        for c in module.candidates
+    ]
     data = {"method": module.plan_method, "candidates": costs, "provenance": provenance()}
     write_json(module.run_dir / "plan" / "search.json", data, schema=1)
     log_figure(trainer, module, search_figure(module.candidates), "plan/search")
@@ -186,17 +201,12 @@ def finish_evaluation(trainer: Trainer, module: AlphaModule, stage: str) -> None
         _measure_alone(module)
     module.checks = check_gate(module.results, module.gate)
     module.results["gate"] = [check._asdict() for check in module.checks]
-    write_metrics(
-        module.run_dir,
-        stage,
-        {
-            "source": module.source_name,
-            "source_fingerprint": module.merged.plan.source,
-            "seeds": {"alphas": module.seed, "data": data.seed},
-            "fingerprints": data.fingerprints,
-            **module.results,
-        },
-    )
+    read = {"fingerprints": data.fingerprints, "settings": data.settings}
+    read["source_fingerprint"] = module.merged.plan.source
+    read["seeds"] = {"alphas": module.seed, "data": data.seed}
+    write_metrics(module.run_dir, stage, {"source": module.source_name, **read, **module.results})
+    if module.journal is not None:
+        module.journal.remove()
     rows = table_rows(module.results) + gate_rows(module.checks)
     for title, groups in group_tables(module.results).items():
         print_table(groups, f"{module.source_name}: {stage}, {title}")
@@ -214,11 +224,17 @@ def _measure_alone(module: AlphaModule) -> None:
     """Measure what needs the models but no data: costs, and whether they write sensibly."""
     models = {"source": module.source, "merged": module.merged.plain()}
     module.results["cost"] = measure_costs(models)
-    prompts = [torch.tensor(ids) for ids in encode(module.data().tokenizer, PROMPTS)]
     module.results["generation"] = {
-        name: generation_sanity(model, prompts)
+        name: write_on(model, module.data().tokenizer)
         for name, model in track(models.items(), "generation", total=2)
     }
+
+
+def write_on(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
+    """Return what a model writes after each of the prompts, and how much it repeats itself."""
+    texts = greedy(model, [torch.tensor(ids) for ids in encode(tokenizer, PROMPTS)], NUM_TOKENS)
+    written = {prompt: tokenizer.decode(ids) for prompt, ids in zip(PROMPTS, texts, strict=True)}
+    return {**generation_sanity(texts), "texts": written}
 
 
 def card(module: AlphaModule, rows: list[Row]) -> str:

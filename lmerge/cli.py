@@ -1,4 +1,4 @@
-"""The command line: LightningCLI's `fit`, `validate` and `test` around a run folder."""
+"""The command line: LightningCLI's `fit`, `validate` and `test` around a run folder, and more."""
 
 from __future__ import annotations
 
@@ -28,10 +28,16 @@ from torch import nn
 from lmerge.alignment import HungarianAlignment
 from lmerge.callbacks import Artefacts, ExportCheckpoint, Repair
 from lmerge.data.module import MMLUDataModule
+from lmerge.estimate import Work, duration, estimate_seconds, measure_speed
 from lmerge.files import write_text
 from lmerge.gate import EXIT_CODE, GateConfig
 from lmerge.module import AlphaModule
+from lmerge.planning import PlanningTrainer
+from lmerge.search import SEARCHES
+from lmerge.stopping import StopTogether
 from lmerge.yaml_files import check_yaml
+
+logger = logging.getLogger(__name__)
 
 WandbMode = Literal["offline", "online", "disabled"]
 
@@ -49,6 +55,7 @@ OWN_FILES = (
     "logs",
     "model",
     "cache",
+    "journal",
 )
 """What a run leaves in its folder; a new run in the same folder starts by removing it."""
 
@@ -120,6 +127,7 @@ class CLI(LightningCLI):
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
             "validate": {"model", "dataloaders", "datamodule"},
             "test": {"model", "dataloaders", "datamodule"},
+            "plan": {"model", "datamodule"},
         }
         # The parser of one takes as long as the rest of the start, so others are not built.
         return {name: known[name] for name in sys.argv[1:2] if name in known} or known
@@ -154,10 +162,14 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer")
+        if self.subcommand == "plan":  # on what is here, whatever the fit is meant for
+            kind = "cpu" if config.get("accelerator") == "cpu" else "auto"
+            here = {"accelerator": kind, "devices": 1, "num_nodes": 1, "strategy": "auto"}
+            return super().instantiate_trainer(**here, logger=False, **kwargs)
         run_dir = Path(self._get(self.config_init, "run_dir"))
         if config.get("logger") in (None, True):
             kwargs["logger"] = self._loggers(run_dir)
-        callbacks = list(config.get("callbacks") or [])
+        callbacks = [*(config.get("callbacks") or []), StopTogether()]
         has_own = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
         wanted = self.subcommand == "fit" and config.get("enable_checkpointing") is not False
         if wanted and not has_own:
@@ -202,6 +214,11 @@ class CLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Check data and model; only then the run folder is made, or emptied to be replaced."""
+        if self.subcommand == "plan":
+            if not self._get(self.config_init, "memory"):
+                self.datamodule.setup("fit")
+                self.model.check("fit", None)
+            return
         ckpt_path = self._get(self.config, "ckpt_path")
         self.model.gate = self._get(self.config_init, "gate")
         self.datamodule.setup(self.subcommand)
@@ -211,11 +228,34 @@ class CLI(LightningCLI):
             self.model.optimizer([nn.Parameter(torch.zeros(1))])
         if self.subcommand == "fit" and not ckpt_path:
             remove_run(self.model.run_dir)
+        if self.subcommand == "fit":
+            self._announce()
         self.model.run_dir.mkdir(parents=True, exist_ok=True)
+
+    @rank_zero_only
+    def _announce(self) -> None:
+        """Say how long the fit will take, before it starts."""
+        model, data = self.model, self.datamodule
+        repair: Repair = self._get(self.config_init, "repair")
+        searched = model.plan_path is None and model.plan_method in SEARCHES
+        work = Work(
+            num_tokens=data.calibration_blocks().numel(),
+            num_removed=model.num_removed,
+            search=str(model.plan_method) if searched else "",
+            num_steps=max(0, self.trainer.max_steps),
+            step_tokens=data.batch_size * data.block_size,
+            repair=repair.config,
+            heal=repair.heal,
+            block_size=data.block_size,
+        )
+        seconds = estimate_seconds(model.source, work, measure_speed(model.source))
+        logger.info("estimated time: about %s, then the evaluation", duration(seconds))
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         # Nothing is unpickled: a checkpoint holds tensors and plain values.
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "plan":
+            return kwargs
         return {**kwargs, "weights_only": kwargs.get("weights_only") is not False}
 
     def after_fit(self) -> None:
@@ -282,6 +322,7 @@ def _quiet() -> None:
 
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "compare": ("lmerge.compare", "compare"),
     "similarity": ("lmerge.similarity_study", "run_similarity"),
     "transfer": ("lmerge.transfer_study", "run_transfer"),
     "sweep": ("lmerge.sweep", "sweep"),
@@ -305,7 +346,7 @@ def main(args: list[str] | None = None) -> None:
         if args and args[0] in COMMANDS:
             _run_command(args[0], args[1:])
         else:
-            _run_lightning(args)
+            _run_lightning([_as_switch(*pair) for pair in zip(args, [*args[1:], ""], strict=True)])
     except ValueError as error:
         if os.environ.get("LMERGE_TRACEBACK"):
             raise
@@ -318,6 +359,12 @@ def _config_files(args: list[str]) -> list[Path]:
     named = [value for flag, value in pairwise(args) if flag in ("-c", "--config")]
     named += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
     return [Path(name) for name in named if Path(name).is_file()]
+
+
+def _as_switch(arg: str, following: str) -> str:
+    """Let `--memory` of `lmerge plan` stand alone."""
+    alone = arg == "--memory" and following.lower() not in ("true", "false")
+    return "--memory=true" if alone else arg
 
 
 def _run_command(name: str, args: list[str]) -> None:
@@ -335,6 +382,7 @@ def _run_lightning(args: list[str]) -> None:
         cli = CLI(
             AlphaModule,
             MMLUDataModule,
+            trainer_class=PlanningTrainer,
             save_config_callback=WriteConfig,
             parser_class=Parser,
             seed_everything_default=0,

@@ -122,9 +122,8 @@ def run_settings(run: Path) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(
-            f"{path} must be plain YAML, got: {one_line(error)}. Correct it."
-        ) from None
+        reason = one_line(error)
+        raise ValueError(f"{path} must be plain YAML, got: {reason}. Correct it.") from None
     model = settings.get("model", {}) if isinstance(settings, dict) else None
     if not isinstance(settings, dict) or not isinstance(model, dict):
         raise ValueError(f"{path} must hold the options of a run. Use the one that `fit` wrote.")
@@ -177,12 +176,14 @@ def _check(out: Path, source: str, dtype: Dtype, state: RunState, out_dtype: tor
     width = head_dim(model.config)
     merged.set_alphas(
         [
-            spread(alphas, "neuron", layer.stacked(), head_dim=width)
+            spread(alphas, grain.granularity, layer.stacked(), head_dim=width)
             for layer, alphas in zip(merged.merged_layers(), state.alphas, strict=True)
         ]
     )
     if state.refits is not None:
         merged.set_refits(state.refits)
+    for position, tensors in state.kept_refits.items():
+        merged.refit_layer(position, tensors)
     plain = merged.plain()
     for parameter in plain.parameters():  # not `to`, which would round the rotary frequencies too
         parameter.data = parameter.data.to(out_dtype)

@@ -4,20 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-
-PROMPTS = (
-    "The history of the city begins",
-    "Water boils at",
-    "She opened the door and",
-    "The main purpose of a contract is",
-)
-"""Starts of the greedy continuations; nothing is chosen on them."""
 
 EXIT_CODE = 3
 """Exit code of a run whose merged model fails the gate; 2 is a user's mistake."""
@@ -32,18 +19,18 @@ class GateConfig:
     max_ppl_ratio: float | None = 3.0
     """Perplexity of the merged model over the source's, on each text; at least 1."""
     min_accuracy_ratio: float | None = 0.8
-    """Upper end of the merged model's 95% interval over the source's accuracy, for each scoring; in
-    [0, 1]."""
+    """Upper end of the merged model's 95% interval over the source's accuracy, for each scoring and
+    for last words; in [0, 1]."""
     max_kl: float | None = 1.0
     """KL from the source on each text, in nats a token; above 0."""
     min_distinct: float | None = 0.1
     """Distinct bigrams over bigrams of the greedy continuations; in [0, 1]."""
-    max_loops: float | None = 0.9
-    """Share of continuations that end in a repeated phrase, beyond the source's; in [0, 1]."""
+    max_repetition: float | None = 0.3
+    """Share of repeated 4-grams in the greedy continuations, beyond the source's; in [0, 1]."""
 
     def __post_init__(self) -> None:
         limits = {"max_ppl_ratio": (1.0, None), "max_kl": (0.0, None)}
-        shares = ("min_accuracy_ratio", "min_distinct", "max_loops")
+        shares = ("min_accuracy_ratio", "min_distinct", "max_repetition")
         for name, (low, high) in {**limits, **dict.fromkeys(shares, (0.0, 1.0))}.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= (high or float("inf")):
@@ -65,7 +52,8 @@ def check_gate(results: Mapping[str, Any], config: GateConfig) -> list[Check]:
     """Return every check that applies to the results of one evaluation.
 
     Args:
-        results: `text`, `choices` and, where known, `generation` as in metrics.json.
+        results: `text`, `choices` and, where known, `last_word` and `generation`, as in
+            metrics.json.
         config: The limits.
     """
     checks: list[Check] = []
@@ -73,18 +61,22 @@ def check_gate(results: Mapping[str, Any], config: GateConfig) -> list[Check]:
         ratio = both["merged"]["ppl"] / both["source"]["ppl"]
         checks += _at_most(f"perplexity ratio on {name} text", ratio, config.max_ppl_ratio)
         checks += _at_most(f"KL on {name} text", both["merged"]["kl"], config.max_kl)
-    for scoring, both in results["choices"].items():
+    rates = {
+        scoring: (both["source"]["micro"], both["merged"]["micro"])
+        for scoring, both in results["choices"].items()
+    }
+    for name, both in results.get("last_word", {}).items():
+        rates[f"last word, {name}"] = both["source"], both["merged"]
+    for name, (source, merged) in rates.items():
         # The upper end of the interval: on few questions a loss may be chance.
-        source, merged = both["source"]["micro"]["accuracy"], both["merged"]["micro"]["high"]
-        ratio = merged / source if source > 0 else 1.0
-        name = f"accuracy ratio (upper end), {scoring}"
-        checks += _at_least(name, ratio, config.min_accuracy_ratio)
+        ratio = merged["high"] / source["accuracy"] if source["accuracy"] > 0 else 1.0
+        checks += _at_least(f"accuracy ratio (upper end), {name}", ratio, config.min_accuracy_ratio)
     generation = results.get("generation")
     if generation:
         source, merged = generation["source"], generation["merged"]
         checks += _at_least("distinct bigrams", merged["distinct"], config.min_distinct)
-        excess = merged["loops"] - source["loops"]
-        checks += _at_most("endless repetition beyond the source", excess, config.max_loops)
+        excess = merged["repetition"] - source["repetition"]
+        checks += _at_most("repetition beyond the source's", excess, config.max_repetition)
     return checks
 
 
@@ -109,40 +101,3 @@ def _at_most(name: str, value: float, limit: float | None) -> list[Check]:
 
 def _at_least(name: str, value: float, limit: float | None) -> list[Check]:
     return [] if limit is None else [Check(name, value, limit, value >= limit)]
-
-
-@torch.no_grad()
-def generation_sanity(
-    model: PreTrainedModel, prompts: Sequence[Tensor], *, num_tokens: int = 48
-) -> dict[str, float]:
-    """Return `distinct` (distinct-2) and `loops` of greedy continuations.
-
-    Args:
-        model: A causal language model in eval mode.
-        prompts: Token ids (T,) of each prompt.
-        num_tokens: Tokens to generate for each; an end-of-text token does not stop it.
-    """
-    texts = [greedy(model, prompt_T, num_tokens) for prompt_T in prompts]
-    bigrams = [pair for text in texts for pair in pairwise(text)]
-    loops = sum(ends_in_loop(text) for text in texts) / len(texts)
-    return {"distinct": len(set(bigrams)) / len(bigrams), "loops": loops}
-
-
-def greedy(model: PreTrainedModel, prompt_T: Tensor, num_tokens: int) -> list[int]:
-    """Return the most probable continuation, token by token."""
-    token_BT, cache = prompt_T[None].to(model.device), None
-    text: list[int] = []
-    for _ in range(num_tokens):
-        out = model(input_ids=token_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, token_BT = out.past_key_values, out.logits[:, -1].argmax(dim=-1, keepdim=True)
-        text.append(int(token_BT))
-    return text
-
-
-def ends_in_loop(text: Sequence[int], *, max_period: int = 8, num_repeats: int = 3) -> bool:
-    """Return whether a text ends in a phrase of at most `max_period` tokens, said over and over."""
-    for period in range(1, min(max_period, len(text) // num_repeats) + 1):
-        tail = list(text[-period * num_repeats :])
-        if tail == tail[:period] * num_repeats:
-            return True
-    return False

@@ -29,13 +29,13 @@ def ksg_information(x_LNC: Tensor, y_LNC: Tensor, *, num_neighbors: int, seed: i
     """
     size, num_x, num_y = x_LNC.shape[1], x_LNC.shape[2], y_LNC.shape[2]
     random = np.random.RandomState(seed)
-    x_PN = _columns(x_LNC, torch.from_numpy(random.standard_normal((size, num_x))))
+    x_PN = _columns(x_LNC.cpu(), torch.from_numpy(random.standard_normal((size, num_x))))
     noise_N = torch.from_numpy(random.standard_normal(size))
-    y_QN = _columns(y_LNC, noise_N[:, None].expand(size, num_y))
+    y_QN = _columns(y_LNC.cpu(), noise_N[:, None].expand(size, num_y))
     y_QNN = _gaps(y_QN)
     # The sum of digamma(count + 1) comes from a table: counts lie in 0 to N - 1.
     digamma_N = torch.special.digamma(torch.arange(1, size + 1, dtype=torch.float64))
-    sorted_QNN = y_QNN.sort(dim=2).values.contiguous()
+    sorted_QNN = torch.from_numpy(np.sort(y_QNN.numpy(), axis=2)).contiguous()
     sums_PQ = torch.stack(
         [_digamma_sums(x_N, y_QNN, sorted_QNN, num_neighbors, digamma_N) for x_N in x_PN]
     )
@@ -82,9 +82,11 @@ def _digamma_sums(
 ) -> Tensor:
     """Return the means over prompts of digamma(nx + 1) + digamma(ny + 1) (Q,)."""
     x_1NN = _gaps(x_N[None])
-    joint_QNN = torch.maximum(x_1NN, y_QNN)
-    # The prompt itself, at distance 0, is the first.
-    radius_QN = joint_QNN.kthvalue(num_neighbors + 1, dim=2).values
+    joint_QNN = torch.maximum(x_1NN, y_QNN).numpy()
+    # The prompt itself, at distance 0, is the first. NumPy's partition is five times as fast as
+    # torch's `kthvalue` on rows of some forty.
+    nearest_QNN = np.partition(joint_QNN, num_neighbors, axis=2)
+    radius_QN = torch.from_numpy(nearest_QNN[..., num_neighbors].copy())
     radius_QN1 = torch.nextafter(radius_QN, torch.zeros(()).double())[..., None]
     # The same distances of x for every y: one sorted row a prompt answers for all of them.
     sorted_NN = x_1NN[0].sort(dim=1).values.contiguous()

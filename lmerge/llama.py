@@ -7,8 +7,8 @@ an alpha moves. A layer is handled as `LayerTensors`: a dict from the short name
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -170,6 +170,23 @@ def with_tensors(layer: ModuleT, tensors: LayerTensors) -> ModuleT:
     return clone
 
 
+def with_matrices(layer: ModuleT, wrap: Callable[[str, nn.Module], nn.Module]) -> ModuleT:
+    """Return a layer whose seven matrices are other modules; the old layer is untouched.
+
+    Args:
+        layer: A decoder layer.
+        wrap: From a matrix's short name and its module to the module in its place.
+    """
+    clone = shallow_copy(layer)
+    for name in MATRICES:
+        parent, leaf = PATHS[name].removesuffix(".weight").split(".")
+        if clone._modules[parent] is layer._modules[parent]:
+            clone._modules[parent] = shallow_copy(layer.get_submodule(parent))
+        matrix = layer.get_submodule(f"{parent}.{leaf}")
+        clone.get_submodule(parent)._modules[leaf] = wrap(name, matrix)
+    return clone
+
+
 def with_layers(
     model: PreTrainedModel,
     layers: Sequence[nn.Module],
@@ -264,18 +281,29 @@ def capture_outputs(model: PreTrainedModel, sink: list[Tensor]) -> Iterator[None
 
 
 @contextmanager
-def capture_down_input(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """Yield a list that collects the MLP's neuron activations (B, T, F) of each forward pass."""
+def capture_input(layer: nn.Module, name: str) -> Iterator[list[Tensor]]:
+    """Yield a list that collects a matrix's inputs (B, T, I), one for each forward pass.
+
+    Args:
+        layer: A decoder layer.
+        name: Short name of one of its matrices, such as `down_proj`.
+    """
     sink: list[Tensor] = []
 
     def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         sink.append(inputs[0])
 
-    handle = layer.get_submodule("mlp.down_proj").register_forward_pre_hook(keep)
+    matrix = layer.get_submodule(PATHS[name].removesuffix(".weight"))
+    handle = matrix.register_forward_pre_hook(keep)
     try:
         yield sink
     finally:
         handle.remove()
+
+
+def capture_down_input(layer: nn.Module) -> AbstractContextManager[list[Tensor]]:
+    """Yield a list that collects the MLP's neuron activations (B, T, F) of each forward pass."""
+    return capture_input(layer, "down_proj")
 
 
 def count_parameters(model: PreTrainedModel) -> int:

@@ -78,9 +78,9 @@ class _Blend(torch.autograd.Function):
     def forward(ctx: Any, alpha: Tensor, weight_GOI: Tensor, axis: int) -> Tensor:
         ctx.save_for_backward(alpha, weight_GOI)
         ctx.axis = axis
-        dtype = _accumulator(weight_GOI)
-        if alpha.ndim == 1 and weight_GOI.dtype == dtype:
-            return (alpha.to(dtype) @ weight_GOI.flatten(1)).view_as(weight_GOI[0])
+        if alpha.ndim == 1 and weight_GOI.dtype == _accumulator(weight_GOI):
+            summed_X = alpha.to(weight_GOI.dtype) @ weight_GOI.flatten(1)
+            return summed_X.view_as(weight_GOI[0])
         return weighted_sum(zip(alpha, weight_GOI, strict=True), axis)
 
     @staticmethod
@@ -139,8 +139,7 @@ def blend(weight_GOI: Tensor, alpha: Tensor, axis: int) -> Tensor:
         (O, I) in the weights' dtype, accumulated in float32 (float64 for float64 weights).
     """
     alpha = expand_alpha(alpha, weight_GOI.shape[1 + axis])
-    if not torch.is_grad_enabled():
-        # One order of sums for all that is evaluated and exported, also from weights on disk.
+    if not torch.is_grad_enabled():  # in the order of sums of an export, to the bit
         return weighted_sum(zip(alpha, weight_GOI, strict=True), axis)
     blended: Tensor = _Blend.apply(alpha, weight_GOI, axis)
     return blended

@@ -5,7 +5,7 @@ Only the alphas are trainable. Layers outside every group share their memory wit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,12 @@ from lmerge.align import Motion, Orders, move
 from lmerge.alphas import AlphaConfig, Alphas, start_alphas, to_free, to_shares
 from lmerge.llama import (
     MATRICES,
+    HeadSpec,
     LayerTensors,
     by_path,
     decoder_layers,
     head_dim,
+    head_spec,
     layer_tensors,
     num_layers,
     stack_layers,
@@ -30,6 +32,8 @@ from lmerge.llama import (
 )
 from lmerge.merge import fold_norms, merge_group, reference_norms
 from lmerge.plan import Group, MergePlan
+from lmerge.soft import Blend
+from lmerge.symmetry import Transform
 
 
 def members_in_one_frame(
@@ -39,6 +43,36 @@ def members_in_one_frame(
     norms = reference_norms(layers[anchor])
     folded = [fold_norms(layer, norms) for layer in layers]
     return [move(layer, motion) for layer, motion in zip(folded, orders, strict=True)]
+
+
+def check_motion(
+    layer: int, motion: Motion, shapes: Mapping[str, tuple[int, ...]], spec: HeadSpec
+) -> None:
+    """Raise ValueError when the motion of a layer has not the sizes of the layer's matrices.
+
+    Args:
+        layer: Number of the source layer.
+        motion: Its motion.
+        shapes: Shape of each of the seven matrices.
+        spec: How its attention is cut into heads.
+    """
+    num_neurons = shapes["gate_proj"][0]
+    if isinstance(motion, Tensor):
+        found, wanted = [len(motion)], [num_neurons]
+    elif isinstance(motion, Blend):
+        found, wanted = list(motion.signed_FF.shape), [num_neurons, num_neurons]
+    elif isinstance(motion, Transform):
+        found = [len(motion.neuron_F), *motion.head_KR.shape, motion.value_KCC.shape[-1]]
+        per_group = spec.num_heads // spec.num_kv_heads
+        wanted = [num_neurons, spec.num_kv_heads, per_group, spec.head_dim]
+    else:
+        found = [len(order_O) for order_O in motion.values()]
+        wanted = [shapes[name][0] for name in motion]
+    if found != wanted:
+        raise ValueError(
+            f"orders.safetensors must move layer {layer} of the source by sizes {wanted}, got "
+            f"{found}. Use the files of one run, or align again."
+        )
 
 
 class MergedLayer(nn.Module):
@@ -183,6 +217,7 @@ class MergedLlama(nn.Module):
         assert plan.num_layers == num_layers(source)
         source.requires_grad_(False)
         self.plan = plan
+        self.kept_refits: dict[int, LayerTensors] = {}
         groups = {group.anchor: group for group in plan.groups}
         layers = []
         for index, origin in enumerate(plan.origins()):
@@ -227,6 +262,24 @@ class MergedLlama(nn.Module):
             for name, weight in group.items():
                 layer.refit(name, weight)
 
+    def refit_layer(self, position: int, tensors: LayerTensors) -> None:
+        """Put refitted tensors in the place of those of any layer; the source is untouched.
+
+        Args:
+            position: Index of the layer in the merged model.
+            tensors: The new tensors by short name; the others stay.
+        """
+        layers = decoder_layers(self.causal_lm)
+        layer = layers[position]
+        if isinstance(layer, MergedLayer):
+            for name, tensor in tensors.items():
+                layer.refit(name, tensor)
+            return
+        old = layer_tensors(layer)
+        new = {name: tensor.detach().to(old[name]) for name, tensor in tensors.items()}
+        layers[position] = with_tensors(layer, {**old, **new})
+        self.kept_refits[position] = {**self.kept_refits.get(position, {}), **new}
+
     @property
     def first_merged(self) -> int:
         """Index of the first merged layer; everything below it is the source's own."""
@@ -253,8 +306,13 @@ def _merged_layer(
     config: AlphaConfig,
     similarity_LL: Tensor | None,
 ) -> MergedLayer:
+    layers = [layer_tensors(decoder_layers(source)[i]) for i in group.members]
+    shapes = {name: tuple(layers[0][name].shape) for name in MATRICES}
+    for i in group.members:
+        if i in orders:
+            check_motion(i, orders[i], shapes, head_spec(source.config))
     members = members_in_one_frame(
-        [layer_tensors(decoder_layers(source)[i]) for i in group.members],
+        layers,
         [orders.get(i) for i in group.members],
         group.anchor_position,
     )

@@ -1,9 +1,4 @@
-"""Loss and accuracy: functions first, then torchmetrics classes around them.
-
-The classes keep one row for each sample with its index in the data set. `compute` sorts by index
-and drops repeats, so a distributed sampler that pads with repeats changes nothing, and one process
-and many give the same bits.
-"""
+"""Loss and accuracy: functions first, then torchmetrics classes around them."""
 
 from __future__ import annotations
 
@@ -13,10 +8,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
-from lmerge.statistics import bootstrap_interval, exact_sum, macro_interval, wilson_interval
+from lmerge.indexed import IndexedMetric
+from lmerge.statistics import (
+    Interval,
+    bootstrap_interval,
+    exact_sum,
+    macro_interval,
+    wilson_interval,
+)
 
 
 class Rate(NamedTuple):
@@ -62,6 +62,12 @@ def perplexity(total_nats: float, num_tokens: int) -> float:
         return math.exp(total_nats / num_tokens)
     except OverflowError:
         return math.inf
+
+
+def exp_interval(interval: Interval) -> Interval:
+    """Return the interval of a perplexity from that of a loss; NaN stays NaN."""
+    low, high = (x if math.isnan(x) else perplexity(x, 1) for x in interval)
+    return Interval(low, high)
 
 
 def bits_per_byte(total_nats: float, num_bytes: int) -> float:
@@ -148,53 +154,6 @@ def letter_counts(chosen_N: Tensor) -> Tensor:
     return torch.bincount(chosen_N.cpu(), minlength=4)
 
 
-class IndexedMetric(Metric):
-    """Rows of numbers, each with the index of its sample in the data set."""
-
-    full_state_update = False
-    rows: list[Tensor]
-
-    def __init__(self, num_columns: int, **kwargs: object) -> None:
-        super().__init__(**kwargs)
-        self.num_columns = num_columns
-        # One flat float64 state: a process without samples gathers an empty vector of this dtype,
-        # and a second axis or another dtype there would hang the others.
-        self.set_dtype(torch.float64)
-        self.add_state("rows", default=[], dist_reduce_fx="cat")
-
-    def _apply(self, *args: Any, **kwargs: Any) -> IndexedMetric:
-        # Moving a metric to a device resets the dtype to that of a new tensor, float32.
-        super()._apply(*args, **kwargs)
-        self._dtype = torch.float64
-        return self
-
-    def append(self, index_B: Tensor, columns: dict[str, Tensor]) -> None:
-        """Keep one row for each sample: its index, then the columns, as float64."""
-        for name, value in columns.items():
-            if len(value) != len(index_B) or len(value) == 0:
-                raise ValueError(
-                    f"`{name}` must have one row for each of the {len(index_B)} indices (at least "
-                    f"one), got {len(value)}. Pass columns of one batch."
-                )
-            if not bool(value.isfinite().all()):
-                raise ValueError(
-                    f"`{name}` must be finite, got NaN or infinity. Look for NaN in the weights."
-                )
-        parts = [x.reshape(len(index_B), -1) for x in (index_B, *columns.values())]
-        row_BX = torch.cat([x.detach().to(self.device, torch.float64) for x in parts], dim=1)
-        self.rows.append(row_BX.flatten())
-
-    def sorted_rows(self) -> Tensor:
-        """Return all rows in index order without repeats (float64, CPU)."""
-        if len(self.rows) == 0:
-            raise ValueError("A metric needs at least one sample, got none. Call `update` first.")
-        row_NX = dim_zero_cat(self.rows).cpu().reshape(-1, self.num_columns)
-        row_NX = row_NX[row_NX[:, 0].argsort(stable=True)]
-        first_N = torch.ones(len(row_NX), dtype=torch.bool)
-        first_N[1:] = row_NX[1:, 0] != row_NX[:-1, 0]
-        return row_NX[first_N]
-
-
 class TextMetric(IndexedMetric):
     """Loss of a model on one text, and its distance from the source where that is given."""
 
@@ -234,14 +193,18 @@ class TextMetric(IndexedMetric):
         columns = {"nll_B": nll_B, "token_B": token_B, "kl_B": kl_B, "agree_B": agree_B}
         self.append(index_B, columns)
 
+    def restore_columns(self, index_B: Tensor, *columns: Tensor) -> None:
+        nll_B, token_B, kl_B, agree_B = columns
+        self.update(index_B, nll_B, token_B, kl_B=kl_B, agree_B=agree_B)
+
     def compute(self) -> dict[str, Any]:
         """Return the scores of the whole text.
 
         Returns:
             `block_nats` and `block_tokens` of each block with a target, so that two runs can be
             paired; `loss` (nats a token) with `loss_low` and `loss_high` (95%, bootstrap over
-            blocks), `ppl`, `tokens`; `bits_per_byte`, `kl` (nats a token) and `agreement`
-            (a share) where they are known.
+            blocks), `ppl` with `ppl_low` and `ppl_high`, `tokens`; `bits_per_byte`, `kl` (nats a
+            token) and `agreement` (a share) where they are known.
         """
         _, nll_N, token_N, kl_N, agree_N = self.sorted_rows().unbind(dim=1)
         counted_N = token_N > 0
@@ -254,6 +217,8 @@ class TextMetric(IndexedMetric):
             "loss_low": interval.low,
             "loss_high": interval.high,
             "ppl": perplexity(nats, tokens),
+            "ppl_low": exp_interval(interval).low,
+            "ppl_high": exp_interval(interval).high,
             "tokens": float(tokens),
             "block_nats": nll_N[counted_N].tolist(),
             "block_tokens": token_N[counted_N].long().tolist(),
@@ -282,6 +247,10 @@ class ChoiceMetric(IndexedMetric):
         """
         _check_questions(logp_B4, answer_B)
         self.append(index_B, {"answer_B": answer_B, "logp_B4": logp_B4})
+
+    def restore_columns(self, index_B: Tensor, *columns: Tensor) -> None:
+        answer_B, *logp = columns
+        self.update(index_B, torch.stack(logp, dim=1), answer_B)
 
     def compute(self) -> Outcomes:
         """Return the outcome of each question, sorted by index."""

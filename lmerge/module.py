@@ -17,11 +17,18 @@ from lmerge.alphas import NEEDS_SIMILARITY, AlphaConfig
 from lmerge.cache import StateCache, keep_states
 from lmerge.checkpoints import checkpoint_state
 from lmerge.information import InformationConfig
+from lmerge.kept import kept_plan
 from lmerge.llama import num_layers
 from lmerge.losses import LossConfig, letter_prompts
 from lmerge.merged import MergedLlama
 from lmerge.objective import Objective
-from lmerge.plan import MergePlan, PlanMethod, check_num_removed, check_plan
+from lmerge.plan import (
+    MergePlan,
+    PlanMethod,
+    check_num_removed,
+    check_plan,
+    layers_of_budget,
+)
 from lmerge.preparation import (
     alphas_of_file,
     check_fits,
@@ -45,17 +52,19 @@ class AlphaModule(SideBySide):
     Args:
         source: Model to compress: hub id, local folder, GGUF file or the alias `smollm2-135m`.
         num_removed: Layers to remove; from 0 to the number of layers minus 1.
+        budget: Share of the layers to remove, such as 20%; it takes the place of `num_removed`.
         plan: A plan.json that replaces the similarity and plan stages.
         plan_method: How the layers to merge are chosen: `block` (most similar ends), `tail` (the
-            last layers, as MKA released it) or `block_repaired` (least KL after a refit).
+            last layers, as MKA released it), `block_repaired` (the block of least KL after a refit)
+            or `groups_repaired` (one or several groups of least KL after a refit).
         measure: Layer similarity that the plan is made on.
         information: Options of the measures `npib`, `gaussian_nmi` and `gaussian_nmi_bounded`.
         pooling: Which token's state stands for a calibration prompt.
         alpha: What the alphas can express and where they start.
         loss: What the alphas are trained on.
         num_positions: Positions of each calibration block that the KL loss looks at; 0 is all.
-        cache_dir: Folder where the source's states on the calibration blocks are kept on disk, for
-            other runs too; null for the run's own.
+        cache_dir: Folder where the plan, the neuron orders and the source's states on the
+            calibration blocks are kept, for other runs too; null for the run's own.
         cache_memory: States up to this size stay in memory, larger ones are mapped from disk; in
             GiB, at least 0. With `cache_dir` they are always on disk.
         dtype: Dtype of the weights; `auto` keeps the checkpoint's.
@@ -71,6 +80,7 @@ class AlphaModule(SideBySide):
         self,
         source: str = "smollm2-135m",
         num_removed: int = 3,
+        budget: str | None = None,
         plan: str | None = None,
         plan_method: PlanMethod | SearchMethod = "block_repaired",
         measure: Measure = "angular",
@@ -94,6 +104,7 @@ class AlphaModule(SideBySide):
             raise ValueError(f"`cache_memory` must be at least 0 GiB, got {cache_memory}. Try 8.")
         self.source_name = source
         self.num_removed = num_removed
+        self.budget = budget
         self.plan_path = Path(plan) if plan else None
         self.plan_method = plan_method
         self.measure = measure
@@ -131,6 +142,8 @@ class AlphaModule(SideBySide):
         """
         self.source = load_model(self.source_name, self.dtype_name)
         depth, fingerprint = num_layers(self.source), model_fingerprint(self.source)
+        if self.budget is not None:
+            self.num_removed = layers_of_budget(self.budget, depth)
         self.state = saved_state(stage, ckpt_path, run_dir=self.run_dir, plan_path=self.plan_path)
         if self.state is not None:
             check_plan(self.state.plan, depth, fingerprint, self.plan_path or self.run_dir)
@@ -159,17 +172,24 @@ class AlphaModule(SideBySide):
             self.trainer.limit_train_batches = 0  # nothing merges, so nothing is to be learned
 
     def _planned(self) -> RunState:
-        made = self._make_plan() if self.trainer.is_global_zero else None
+        made = self._kept_plan() if self.trainer.is_global_zero else None
         return RunState(plan=cast(MergePlan, self.trainer.strategy.broadcast(made)))
+
+    def _kept_plan(self) -> MergePlan:
+        if self.cache_dir is None:
+            return self._make_plan()
+        how = (self.num_removed, self.plan_method, self.measure, self.information, self.pooling)
+        prompts = [p for prompts in self.data().calibration_prompts().values() for p in prompts]
+        tokens = (*prompts, self.data().calibration_blocks(), self.data().held_out())
+        return kept_plan(
+            self.cache_dir, model_fingerprint(self.source), how, tokens, self._make_plan
+        )
 
     def _make_plan(self) -> MergePlan:
         self._measure_similarity()
+        source, data, similarity_LL = self.source, self.data(), self.similarity_LL["all"]
         plan, self.candidates = choose_plan(
-            self.source,
-            self.data(),
-            self.num_removed,
-            self.plan_method,
-            self.similarity_LL["all"],
+            source, data, self.num_removed, self.plan_method, similarity_LL
         )
         return plan
 
@@ -191,23 +211,19 @@ class AlphaModule(SideBySide):
             return
         state = self.prepare()
         similarity_LL = self._start_similarity()
-        merged = MergedLlama(self.source, state.plan, state.orders, self.alpha, similarity_LL)
-        self.merged = merged
+        self.merged = MergedLlama(self.source, state.plan, state.orders, self.alpha, similarity_LL)
         if state.alphas is not None:
             self.merged.set_alphas(state.alphas)
         if state.refits is not None:
             self.merged.set_refits(state.refits)
+        for position, tensors in state.kept_refits.items():
+            self.merged.refit_layer(position, tensors)
         if self.device_mesh is not None:
             held = shard_layers(self.source, self.merged, self.device_mesh)
             if self.trainer.is_global_zero:
                 message = "layers split over %d processes: %.1f of %.1f MB on each"
                 sizes = (bytes_ / 1e6 for bytes_ in held)
                 logger.info(message, self.device_mesh["data_parallel"].size(), *sizes)
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether FSDP2 splits the frozen layers over the processes."""
-        return self.device_mesh is not None
 
     # Training.
 
@@ -281,9 +297,8 @@ class AlphaModule(SideBySide):
         """Go back to the last alphas with a finite loss; returns whether there are any."""
         if not self._good:
             return False
-        for parameter, good in zip(
-            self.merged.alpha_parameters().values(), self._good, strict=True
-        ):
+        parameters = self.merged.alpha_parameters().values()
+        for parameter, good in zip(parameters, self._good, strict=True):
             parameter.data.copy_(good)
         return True
 
@@ -291,8 +306,7 @@ class AlphaModule(SideBySide):
         for parameter in self.merged.alpha_parameters().values():
             if not parameter.isfinite().all():
                 raise ValueError(
-                    "the alphas became NaN or infinite in training. Lower the learning rate, or "
-                    "resume from the last checkpoint."
+                    "the alphas became NaN or infinite in training. Lower the learning rate."
                 )
 
     # Checkpoints: alphas, plan and orders, not the frozen weights.

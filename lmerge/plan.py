@@ -6,6 +6,7 @@ A plan is data: it is written to plan.json, and a person can write or edit one.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,25 @@ def check_num_removed(num_removed: int, num_layers: int) -> None:
             f"`num_removed` must be between 0 and {num_layers - 1} (the model has {num_layers} "
             f"layers), got {num_removed}. Lower it, or load a deeper model."
         )
+
+
+def layers_of_budget(budget: str, num_layers: int) -> int:
+    """Return the number of layers that a share such as `20%` of them is, rounded.
+
+    Raises:
+        ValueError: When the budget is not a percentage below 100.
+    """
+    share = budget.strip().removesuffix("%")
+    try:
+        percent = float(share) if budget.strip().endswith("%") else math.nan
+    except ValueError:
+        percent = math.nan
+    if not 0 <= percent < 100:
+        raise ValueError(
+            f"`budget` must be a percentage of the layers such as 20%, got {budget!r}. For a "
+            "number of layers use `num_removed`."
+        )
+    return round(percent / 100 * num_layers)
 
 
 def block_groups(similarity_LL: Tensor, num_removed: int) -> tuple[Group, ...]:

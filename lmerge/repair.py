@@ -18,7 +18,7 @@ from lmerge.progress import track
 
 logger = logging.getLogger(__name__)
 
-RepairMethod = Literal["down", "none"]
+RepairMethod = Literal["down", "deep", "none"]
 
 RIDGES = (1.0, 3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 """Regularisation strengths tried, as shares of the mean diagonal of the Gram matrix."""
@@ -29,11 +29,23 @@ class RepairConfig:
     """How the merged layers are refitted after the alphas are learned."""
 
     method: RepairMethod = "down"
-    """`down` refits the down projection of each merged layer; `none` does nothing."""
+    """`down` refits the down projection of each merged layer; `deep` refits o and down of each
+    merged layer and of the layers above it, with a regularisation for each channel; `none` does
+    nothing."""
+    num_after: int = 2
+    """Layers above each merged one that `deep` refits too; at least 0."""
+
+    def __post_init__(self) -> None:
+        if self.num_after < 0:
+            raise ValueError(f"`num_after` must be at least 0, got {self.num_after}. Try 2.")
 
 
 class NormalEquations(NamedTuple):
-    """Running sums of a weighted least-squares problem, in float64."""
+    """Running sums of a weighted least-squares problem, in float64.
+
+    The products of one batch are float32 where its tensors are: over a few thousand positions that
+    rounds far below the ridge, and takes half the time.
+    """
 
     gram_FF: Tensor
     """Sum of w a a^T over positions."""
@@ -57,12 +69,12 @@ class NormalEquations(NamedTuple):
             residual_ND: What its output should change by.
             weight_N: Weight of each position.
         """
-        a_NF, residual_ND = a_NF.double(), residual_ND.double()
-        weighted_NF = a_NF * weight_N.double()[:, None]
+        a_NF, residual_ND = _at_least_float(a_NF), _at_least_float(residual_ND)
+        weighted_NF = a_NF * weight_N.to(a_NF)[:, None]
         return NormalEquations(
             self.gram_FF + weighted_NF.T @ a_NF,
-            self.cross_DF + residual_ND.T @ weighted_NF,
-            self.energy + (residual_ND.square().sum(dim=1) * weight_N.double()).sum(),
+            self.cross_DF + residual_ND.T @ weighted_NF.to(residual_ND),
+            self.energy + (residual_ND.double().square().sum(dim=1) * weight_N.double()).sum(),
         )
 
     def __add__(self, other: object) -> NormalEquations:
@@ -91,6 +103,10 @@ class NormalEquations(NamedTuple):
         fitted = (change_DF * self.cross_DF).sum()
         size = ((change_DF @ self.gram_FF) * change_DF).sum()
         return float((self.energy - 2 * fitted + size) / self.energy)
+
+
+def _at_least_float(x_NF: Tensor) -> Tensor:
+    return x_NF if x_NF.dtype == torch.float64 else x_NF.float()
 
 
 class Refit(NamedTuple):
@@ -165,9 +181,9 @@ def refit_groups(
         batch_size: Blocks in one forward pass.
 
     Returns:
-        One refit a group; none for the method `none`.
+        One refit a group; none for methods other than `down`.
     """
-    if config.method == "none":
+    if config.method != "down":
         return []
     refits = []
     targets = currents = list(prefix_BTD.split(batch_size))

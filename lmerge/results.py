@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ SCHEMA = 1
 Row = tuple[str, str, str]
 
 SCORING_NAMES = {"letter": "letters", "cloze": "answer texts"}
+
+SHOWN = 48
+"""Characters of a continuation that the table shows."""
 
 
 def write_metrics(run_dir: Path, stage: str, results: Mapping[str, Any]) -> None:
@@ -58,16 +61,67 @@ def table_rows(results: Mapping[str, Any]) -> list[Row]:
     rows: list[Row] = []
     cost = results.get("cost", {})
     for key, label, form in COST_ROWS if cost else ():
-        rows.append((label, form(cost["source"][key]), form(cost["merged"][key])))
+        if key in cost["source"]:
+            rows.append((label, form(cost["source"][key]), form(cost["merged"][key])))
     for scoring, both in results["choices"].items():
-        rows += _choice_rows(SCORING_NAMES[scoring], both)
+        rows += _choice_rows(scoring, both)
+    for name, both in results.get("last_word", {}).items():
+        rows.append(_row(f"last word, {name}", both, accuracy))
+        rows += _difference_rows(f"last word, {name}", both)
+        rows.append(_row(f"perplexity of the last word, {name}", both, ppl))
     for name, both in results["text"].items():
-        rows.append(
-            (f"loss on {name} text (nats/token)", loss(both["source"]), loss(both["merged"]))
-        )
-        rows.append((f"perplexity on {name} text", ppl(both["source"]), ppl(both["merged"])))
-        rows.append((f"KL from the source on {name} text", "0", f"{both['merged']['kl']:.3f}"))
+        rows += _text_rows(name, both)
+    if "generation" in results:
+        rows += _generation_rows(results["generation"])
     return rows
+
+
+def _row(label: str, both: Mapping[str, Any], form: Callable[[Any], str]) -> Row:
+    return label, form(both["source"]), form(both["merged"])
+
+
+def _choice_rows(scoring: str, both: Mapping[str, Any]) -> list[Row]:
+    name, num_subjects = SCORING_NAMES[scoring], len(both["source"]["by_subject"])
+    rows = [_row(f"accuracy, {name}", both, lambda one: accuracy(one["micro"]))]
+    if num_subjects > 1:
+        label = f"mean over {num_subjects} subjects, {name}"
+        rows.append(_row(label, both, lambda one: accuracy(one["macro"])))
+    rows += [
+        *_difference_rows(name, both),
+        _row(f"calibration error, {name}", both, lambda one: f"{one['calibration_error']:.3f}"),
+        _row(f"chosen A/B/C/D, {name}", both, lambda one: chosen(one["confusion"])),
+    ]
+    pairs = zip("ABCD", *(both[model]["confusion"] for model in ("source", "merged")), strict=True)
+    for letter, counts, merged_counts in pairs if scoring == "letter" else ():
+        rows.append((f"  where {letter} is right", chosen([counts]), chosen([merged_counts])))
+    return rows
+
+
+def _difference_rows(name: str, both: Mapping[str, Any]) -> list[Row]:
+    return [(f"difference, {name}", "", difference(both))]
+
+
+def _text_rows(name: str, both: Mapping[str, Any]) -> list[Row]:
+    rows = [
+        _row(f"loss on {name} text (nats/token)", both, loss),
+        _row(f"perplexity on {name} text", both, ppl),
+    ]
+    if "bits_per_byte" in both["source"]:
+        rows.append(_row(f"bits per byte on {name} text", both, bits))
+    rows.append((f"KL from the source on {name} text", "0", f"{both['merged']['kl']:.3f}"))
+    if "agreement" in both["merged"]:
+        share = f"{100 * both['merged']['agreement']:.1f}%"
+        rows.append((f"same top token on {name} text", "100%", share))
+    return rows
+
+
+def _generation_rows(both: Mapping[str, Any]) -> list[Row]:
+    prompt = next(iter(both["source"]["texts"]))
+    return [
+        _row("distinct bigrams, written greedily", both, lambda one: f"{one['distinct']:.2f}"),
+        _row("repeated 4-grams, written greedily", both, lambda one: f"{one['repetition']:.2f}"),
+        _row(f"{prompt} ...", both, lambda one: shorten(one["texts"][prompt], SHOWN)),
+    ]
 
 
 def group_tables(results: Mapping[str, Any]) -> dict[str, list[Row]]:
@@ -87,21 +141,6 @@ def group_tables(results: Mapping[str, Any]) -> dict[str, list[Row]]:
         if rows:
             tables[f"accuracy by group (questions), {SCORING_NAMES[scoring]}"] = rows
     return tables
-
-
-def _choice_rows(name: str, both: Mapping[str, Any]) -> list[Row]:
-    source, merged, num_subjects = both["source"], both["merged"], len(both["source"]["by_subject"])
-    rows = [(f"accuracy, {name}", accuracy(source["micro"]), accuracy(merged["micro"]))]
-    if num_subjects > 1:
-        label = f"mean over {num_subjects} subjects, {name}"
-        rows.append((label, accuracy(source["macro"]), accuracy(merged["macro"])))
-    errors = [f"{x['calibration_error']:.3f}" for x in (source, merged)]
-    return [
-        *rows,
-        (f"difference, {name}", "", difference(both)),
-        (f"calibration error, {name}", errors[0], errors[1]),
-        (f"chosen A/B/C/D, {name}", chosen(source["confusion"]), chosen(merged["confusion"])),
-    ]
 
 
 def difference(both: Mapping[str, Any]) -> str:
@@ -132,8 +171,25 @@ def loss(scores: Mapping[str, float]) -> str:
 
 
 def ppl(scores: Mapping[str, float]) -> str:
-    """Return a perplexity."""
-    return f"{scores['ppl']:,.2f}" if scores["ppl"] < 1e4 else f"{scores['ppl']:.3g}"
+    """Return a perplexity, with its 95% interval where that is known."""
+    ends = [scores.get(f"ppl_{end}", math.nan) for end in ("low", "high")]
+    value = _ppl(scores["ppl"])
+    return value if math.isnan(sum(ends)) else f"{value} [{_ppl(ends[0])}, {_ppl(ends[1])}]"
+
+
+def _ppl(value: float) -> str:
+    return f"{value:,.2f}" if value < 1e4 else f"{value:.3g}"
+
+
+def bits(scores: Mapping[str, float]) -> str:
+    """Return bits per byte."""
+    return f"{scores['bits_per_byte']:.3f}"
+
+
+def shorten(text: str, width: int) -> str:
+    """Return the start of a text on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else f"{line[: width - 3]}..."
 
 
 def size(num_bytes: float) -> str:
@@ -148,8 +204,10 @@ def size(num_bytes: float) -> str:
 COST_ROWS = (
     ("layers", "layers", str),
     ("parameters", "parameters", lambda n: f"{n / 1e6:.1f} M"),
-    ("bytes", "size of the weights", size),
+    ("bytes", "size on disk", size),
+    ("peak_memory", "peak memory", size),
     ("prefill_tokens_per_s", "prefill (tokens/s)", lambda n: f"{n:.0f}"),
+    ("decode_tokens_per_s", "decode (tokens/s)", lambda n: f"{n:.1f}"),
 )
 
 

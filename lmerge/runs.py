@@ -13,7 +13,7 @@ from lmerge.align import Orders, motion_of, motion_parts
 from lmerge.alpha_files import alphas_fingerprint, read_alphas
 from lmerge.alphas import Alphas
 from lmerge.files import one_line, provenance, read_json, read_tensors, write_json, write_tensors
-from lmerge.llama import MATRICES
+from lmerge.llama import MATRICES, PATHS
 from lmerge.plan import SCHEMA as PLAN_SCHEMA
 from lmerge.plan import MergePlan, plan_from_dict, plan_to_dict
 
@@ -24,6 +24,10 @@ ALIGNMENT_VERSION = 1
 
 Refits = list[dict[str, Tensor]]
 """For each group, the matrices that a repair put in the place of the merged ones."""
+
+
+KeptRefits = dict[int, dict[str, Tensor]]
+"""Position in the merged model -> the tensors that a repair changed in a layer of no group."""
 
 
 @dataclass(kw_only=True)
@@ -38,12 +42,14 @@ class RunState:
     """Alphas of each group; None before they exist."""
     refits: Refits | None = None
     """Refitted matrices of each group; None without a repair."""
+    kept_refits: KeptRefits = field(default_factory=dict)
+    """Refitted tensors of layers that are in no group."""
 
 
-def write_plan(run_dir: Path, plan: MergePlan) -> None:
-    """Write plan.json."""
+def write_plan(run_dir: Path, plan: MergePlan, path: Path | None = None) -> None:
+    """Write plan.json (or `path`)."""
     data = {**plan_to_dict(plan), "provenance": provenance()}
-    write_json(run_dir / "plan.json", data, schema=PLAN_SCHEMA)
+    write_json(path or run_dir / "plan.json", data, schema=PLAN_SCHEMA)
 
 
 def read_plan(path: Path) -> MergePlan:
@@ -133,9 +139,13 @@ def check_orders(orders: Orders, plan: MergePlan, path: Path) -> Orders:
     return orders
 
 
-def write_refits(run_dir: Path, refits: Refits, alphas: list[Alphas]) -> None:
+def write_refits(
+    run_dir: Path, refits: Refits, alphas: list[Alphas], kept: KeptRefits | None = None
+) -> None:
     """Write repair.safetensors, which belongs to these alphas alone."""
     tensors = {f"{i}.{name}": w for i, group in enumerate(refits) for name, w in group.items()}
+    for position, layer in (kept or {}).items():
+        tensors |= {f"kept.{position}.{name}": weight for name, weight in layer.items()}
     metadata = {"schema": "1", "alphas": alphas_fingerprint(alphas)}
     write_tensors(run_dir / "repair.safetensors", tensors, metadata)
 
@@ -151,9 +161,11 @@ def read_refits(path: Path, alphas: list[Alphas]) -> Refits | None:
         logger.warning("%s was fitted to other alphas, so it is left out", path)
         return None
     refits: Refits = [{} for _ in alphas]
-    places = {f"{i}.{name}": (i, name) for i in range(len(alphas)) for name in MATRICES}
+    places = {f"{i}.{name}": (i, name) for i in range(len(alphas)) for name in PATHS}
     for key, weight in tensors.items():
-        if key not in places or weight.ndim != 2:
+        if key.startswith("kept."):
+            continue
+        if key not in places or weight.ndim != (1 if _is_vector(key) else 2):
             raise ValueError(
                 f"{path} must hold matrices of the {len(alphas)} groups, such as '0.down_proj', "
                 f"got {key!r} of shape {list(weight.shape)}. Repair again."
@@ -161,6 +173,41 @@ def read_refits(path: Path, alphas: list[Alphas]) -> Refits | None:
         group, name = places[key]
         refits[group][name] = weight
     return refits
+
+
+def _is_vector(key: str) -> bool:
+    return key.rpartition(".")[2] not in MATRICES
+
+
+def read_kept_refits(path: Path, alphas: list[Alphas], num_positions: int) -> KeptRefits:
+    """Read the refits of layers in no group from repair.safetensors; none for other alphas.
+
+    Raises:
+        ValueError: One line when an entry is not a tensor of one of the layers.
+    """
+    tensors, metadata = read_tensors(path)
+    kept: KeptRefits = {}
+    if metadata.get("alphas") != alphas_fingerprint(alphas):
+        return kept
+    places = {f"kept.{i}.{name}": (i, name) for i in range(num_positions) for name in PATHS}
+    for key, weight in tensors.items():
+        if not key.startswith("kept."):
+            continue
+        if key not in places or weight.ndim != (1 if _is_vector(key) else 2):
+            raise ValueError(
+                f"{path} must hold tensors of the {num_positions} layers, such as "
+                f"'kept.0.down_proj', got {key!r} of shape {list(weight.shape)}. Repair again."
+            )
+        position, name = places[key]
+        kept.setdefault(position, {})[name] = weight
+    return kept
+
+
+def _add_refits(state: RunState, path: Path) -> None:
+    if state.alphas is not None and path.is_file():
+        state.refits = read_refits(path, state.alphas)
+        num_positions = state.plan.num_layers - state.plan.num_removed
+        state.kept_refits = read_kept_refits(path, state.alphas, num_positions)
 
 
 def read_run(run_dir: Path) -> RunState:
@@ -180,14 +227,11 @@ def read_run(run_dir: Path) -> RunState:
         state.orders = check_orders(read_orders(path), state.plan, path)
     if (run_dir / "alphas.json").is_file():
         state.alphas = read_alphas(run_dir / "alphas.json", state.plan)
-        if (run_dir / "repair.safetensors").is_file():
-            state.refits = read_refits(run_dir / "repair.safetensors", state.alphas)
+        _add_refits(state, run_dir / "repair.safetensors")
     return state
 
 
 def with_refits_of(run_dir: Path, state: RunState) -> RunState:
     """Return the state with the run folder's repair, where that belongs to the same alphas."""
-    path = run_dir / "repair.safetensors"
-    if state.alphas is not None and path.is_file():
-        state.refits = read_refits(path, state.alphas)
+    _add_refits(state, run_dir / "repair.safetensors")
     return state

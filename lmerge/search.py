@@ -10,36 +10,29 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lmerge.divergence import exact_kl
-from lmerge.llama import (
-    capture_down_input,
-    decoder_layers,
-    embed,
-    layer_tensors,
-    lm_logits,
-    num_layers,
-    run_span,
-    span,
-    with_layers,
-    with_tensors,
+from lmerge.block_refits import (
+    BlockRefits,
+    kl_of,
+    layer_inputs,
+    layers_above,
+    log_probabilities,
+    normed_output,
+    run_part,
 )
+from lmerge.llama import num_layers, span, with_layers
 from lmerge.plan import Group, check_num_removed
 from lmerge.progress import track
-from lmerge.repair import NormalEquations, down_rows, position_weights
 
-SearchMethod = Literal["block_repaired"]
+SearchMethod = Literal["block_repaired", "groups_repaired"]
 
-RIDGE = 0.1
-"""Regularisation of the refits in the search, as a share of the mean diagonal."""
-
-POSITIONS = 64
-"""Positions of each held-out block whose predictions are compared."""
+NUM_CHECKED = 3
+"""Plans of several groups whose cost is measured, not only added up from that of each group."""
 
 
 class Candidate(NamedTuple):
-    """A block of layers that could become one, and what that costs after a refit."""
+    """Groups of layers that could become one each, and what that costs after a refit."""
 
-    group: Group
+    groups: tuple[Group, ...]
     kl: float
     """KL(source || merged) in nats a token, on the held-out blocks."""
 
@@ -62,69 +55,160 @@ def repaired_blocks(
     """
     depth = num_layers(source)
     check_num_removed(num_removed, depth)
-    fit_states = _layer_inputs(source, token_BT[~held_B])
-    held_states = _layer_inputs(source, token_BT[held_B])
-    source_NV = _logits(source, _after(source, held_states[-1], depth))
+    fit_states = layer_inputs(source, token_BT[~held_B])
+    held_states = layer_inputs(source, token_BT[held_B])
+    logp_NV = log_probabilities(source, normed_output(source, held_states[-1], depth))
     candidates = []
     for first in track(range(depth - num_removed), "plan search", total=depth - num_removed):
         stop = first + num_removed + 1
-        repaired = _refitted_layer(source, first, fit_states[first], fit_states[stop])
-        above = with_layers(
-            source,
-            [repaired, *decoder_layers(source)[stop:]],
-            [first, *range(stop, depth)],
+        layer = BlockRefits(source, first, fit_states[first]).toward(fit_states[stop])
+        kl = kl_of(
+            source, run_part(layers_above(source, layer, first, stop), held_states[first]), logp_NV
         )
-        kl = exact_kl(source_NV, _logits(source, _run(above, held_states[first])))
-        group = Group(members=tuple(range(first, stop)), anchor=first)
-        candidates.append(Candidate(group, float(kl)))
+        candidates.append(Candidate((_block(first, stop),), kl))
+    return _best_first(candidates)
+
+
+def _block(first: int, stop: int) -> Group:
+    return Group(members=tuple(range(first, stop)), anchor=first)
+
+
+def _best_first(candidates: list[Candidate]) -> list[Candidate]:
     return sorted(candidates, key=lambda c: math.inf if math.isnan(c.kl) else c.kl)
 
 
-def _layer_inputs(source: PreTrainedModel, token_BT: Tensor) -> list[Tensor]:
-    """Return the input of every layer, and the output of the last, each (B, T, D) on the CPU."""
-    states = [torch.cat([embed(source, t.to(source.device)).cpu() for t in token_BT.split(4)])]
-    for layer in range(num_layers(source)):
-        states.append(_run(span(source, layer, layer + 1), states[-1]))
-    return states
+@torch.no_grad()
+def repaired_groups(
+    source: PreTrainedModel, token_BT: Tensor, held_B: Tensor, num_removed: int
+) -> list[Candidate]:
+    """Return plans of one or several groups that lose `num_removed` layers, best first.
+
+    Each contiguous group alone is refitted and its KL measured, as in `repaired_blocks`. Costs of
+    groups are taken to add up, which a dynamic program minimises over all plans; the best of them
+    are then measured as a whole, each refit on the states that the groups below it leave.
+
+    Args:
+        source: The source model.
+        token_BT: Calibration blocks, unpadded.
+        held_B: Which of them are held out (bool).
+        num_removed: Layers to lose in all.
+    """
+    check_num_removed(num_removed, num_layers(source))
+    search = GroupSearch(source, token_BT, held_B)
+    return search.plans(search.costs(num_removed), num_removed)
 
 
-def _run(part: PreTrainedModel, state_BTD: Tensor) -> Tensor:
-    return torch.cat([run_span(part, s.to(part.device)).cpu() for s in state_BTD.split(4)])
+Costs = dict[tuple[int, int], float]
+"""(First layer, layer after the last) of a group -> its cost."""
 
 
-def _after(source: PreTrainedModel, state_BTD: Tensor, depth: int) -> Tensor:
-    """Return the last layer's output after the final norm."""
-    return _run(span(source, depth, depth, final_norm=True), state_BTD)
+class GroupSearch:
+    """Costs of single groups, and of whole plans, on the same states of the source.
+
+    Args:
+        source: The source model.
+        token_BT: Calibration blocks, unpadded.
+        held_B: Which of them are held out (bool).
+    """
+
+    @torch.no_grad()
+    def __init__(self, source: PreTrainedModel, token_BT: Tensor, held_B: Tensor) -> None:
+        self.source = source
+        self.depth = num_layers(source)
+        self.fit_states = layer_inputs(source, token_BT[~held_B])
+        self.held_states = layer_inputs(source, token_BT[held_B])
+        final_BTD = normed_output(source, self.held_states[-1], self.depth)
+        self.logp_NV = log_probabilities(source, final_BTD)
+
+    @torch.no_grad()
+    def costs(self, num_removed: int) -> Costs:
+        """Return the KL of each group alone that loses at most `num_removed` layers.
+
+        Groups that are dearer than the best single block of all those layers end the row of their
+        first layer, since longer ones cost more still.
+        """
+        costs: Costs = {}
+        bound = math.inf
+        for first in track(_middle_out(self.depth), "plan search", total=self.depth - 1):
+            refits = BlockRefits(self.source, first, self.fit_states[first])
+            for stop in range(first + 2, min(first + num_removed + 2, self.depth + 1)):
+                layer = refits.toward(self.fit_states[stop])
+                above = layers_above(self.source, layer, first, stop)
+                normed_BTD = run_part(above, self.held_states[first])
+                costs[first, stop] = kl_of(self.source, normed_BTD, self.logp_NV)
+                if not costs[first, stop] < bound:
+                    break
+                if stop - first - 1 == num_removed:
+                    bound = costs[first, stop]
+        return costs
+
+    def plans(self, costs: Costs, num_removed: int) -> list[Candidate]:
+        """Return the cheapest plans with the KL of each as a whole, best first."""
+        plans = cheapest_plans(costs, self.depth, num_removed, NUM_CHECKED)
+        return _best_first(
+            [
+                Candidate(groups, self._plan_kl(groups))
+                for groups in track(plans, "plan check", total=len(plans))
+            ]
+        )
+
+    @torch.no_grad()
+    def _plan_kl(self, groups: tuple[Group, ...]) -> float:
+        """Return the KL of a whole plan, refitted from the lowest group up."""
+        at = groups[0].start
+        fit_BTD, held_BTD = self.fit_states[at], self.held_states[at]
+        for group in groups:
+            if at < group.start:
+                between = span(self.source, at, group.start)
+                fit_BTD, held_BTD = run_part(between, fit_BTD), run_part(between, held_BTD)
+            refits = BlockRefits(self.source, group.start, fit_BTD)
+            layer = refits.toward(self.fit_states[group.stop])
+            one = with_layers(self.source, [layer], [group.start], final_norm=False)
+            fit_BTD, held_BTD, at = run_part(one, fit_BTD), run_part(one, held_BTD), group.stop
+        return kl_of(self.source, normed_output(self.source, held_BTD, at), self.logp_NV)
 
 
-def _logits(source: PreTrainedModel, normed_BTD: Tensor) -> Tensor:
-    """Return next-token logits at evenly spaced positions, (N, V)."""
-    length = normed_BTD.shape[1]
-    place_P = torch.linspace(0, length - 1, min(POSITIONS, length)).long()
-    normed_ND = normed_BTD[:, place_P].flatten(0, 1).to(source.device)
-    return lm_logits(source, normed_ND)
+def _middle_out(depth: int) -> list[int]:
+    """Return the first layers of all groups, those in the middle first: they cost least."""
+    return sorted(range(depth - 1), key=lambda first: abs(first - depth * 0.45))
 
 
-def _refitted_layer(
-    source: PreTrainedModel, first: int, input_BTD: Tensor, target_BTD: Tensor
-) -> torch.nn.Module:
-    """Return layer `first` with its down projection refitted to other output states."""
-    layer = decoder_layers(source)[first]
-    one = span(source, first, first + 1)
-    weights = layer_tensors(layer)
-    down_DF = weights["down_proj"]
-    equations = NormalEquations.zeros(down_DF.shape[1], down_DF.shape[0], down_DF.device)
-    with capture_down_input(layer) as inputs:
-        for x_BTD, y_BTD in zip(input_BTD.split(4), target_BTD.split(4), strict=True):
-            rows = down_rows(one, inputs, x_BTD, y_BTD)
-            a_NF, residual_ND, target_ND = (row.flatten(0, 1) for row in rows)
-            equations = equations.update(a_NF, residual_ND, position_weights(target_ND))
-    changed_DF = (down_DF.double() + equations.solve(RIDGE)).to(down_DF.dtype)
-    return with_tensors(layer, {**weights, "down_proj": changed_DF})
+def cheapest_plans(
+    costs: Costs, depth: int, num_removed: int, num_plans: int
+) -> list[tuple[Group, ...]]:
+    """Return the plans of least summed cost that lose `num_removed` layers, best first.
+
+    Args:
+        costs: Cost of each group that may be used.
+        depth: Layers of the source.
+        num_removed: Layers to lose.
+        num_plans: Plans to return; fewer where there are fewer.
+
+    Raises:
+        ValueError: When no plan of these groups loses so many layers.
+    """
+    ways: dict[tuple[int, int], list[tuple[float, tuple[Group, ...]]]] = {(0, 0): [(0.0, ())]}
+    for layer in range(depth):
+        for lost in range(num_removed + 1):
+            here = sorted(ways.get((layer, lost), []), key=lambda way: way[0])[:num_plans]
+            ways.setdefault((layer + 1, lost), []).extend(here)
+            for stop in range(layer + 2, min(layer + 2 + num_removed - lost, depth + 1)):
+                cost = costs.get((layer, stop), math.inf)
+                if math.isfinite(cost):
+                    longer = [(c + cost, (*groups, _block(layer, stop))) for c, groups in here]
+                    ways.setdefault((stop, lost + stop - layer - 1), []).extend(longer)
+    found = sorted(ways.get((depth, num_removed), []), key=lambda way: way[0])[:num_plans]
+    if not found:
+        raise ValueError(
+            f"no plan of the groups tried loses {num_removed} of {depth} layers at a finite cost. "
+            "Lower `num_removed`, or use another `plan_method`."
+        )
+    return [groups for _, groups in found]
 
 
 SEARCHES: dict[SearchMethod, Callable[[PreTrainedModel, Tensor, Tensor, int], list[Candidate]]] = {
-    "block_repaired": repaired_blocks
+    "block_repaired": repaired_blocks,
+    "groups_repaired": repaired_groups,
 }
 """Ways to choose groups that run the model; each returns its candidates, best first."""
 
@@ -150,13 +234,22 @@ def search_plan(
         num_fit_tokens: Tokens to refit on, at least one block.
         num_held_tokens: Tokens to compare on, at least one block.
     """
+    part_BT, is_held_B = search_part(
+        token_BT, held_B, num_fit_tokens=num_fit_tokens, num_held_tokens=num_held_tokens
+    )
+    return SEARCHES[method](source, part_BT, is_held_B, num_removed)
+
+
+def search_part(
+    token_BT: Tensor, held_B: Tensor, *, num_fit_tokens: int = 6144, num_held_tokens: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """Return the part of the calibration blocks that a search uses, and which are held out."""
     length = token_BT.shape[1]
     place_B = torch.arange(len(token_BT))
     fit_B = _spread(place_B[~held_B], max(1, num_fit_tokens // length))
     compare_B = _spread(place_B[held_B], max(1, num_held_tokens // length))
     chosen_B = torch.cat([fit_B, compare_B])
-    is_held_B = torch.arange(len(chosen_B)) >= len(fit_B)
-    return SEARCHES[method](source, token_BT[chosen_B], is_held_B, num_removed)
+    return token_BT[chosen_B], torch.arange(len(chosen_B)) >= len(fit_B)
 
 
 def _spread(place_B: Tensor, count: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -11,7 +13,10 @@ from lmerge.data.module import MMLUDataModule
 from lmerge.data.records import ChoiceBatch, TextBatch
 from lmerge.evaluate import Evaluation
 from lmerge.gate import Check, GateConfig
+from lmerge.journal import Journal, evaluation_key
 from lmerge.merged import MergedLlama
+
+logger = logging.getLogger(__name__)
 
 
 class SideBySide(LightningModule):
@@ -19,10 +24,12 @@ class SideBySide(LightningModule):
 
     source: PreTrainedModel
     merged: MergedLlama
+    run_dir: Path
 
     def __init__(self) -> None:
         super().__init__()
         self.results: dict[str, Any] = {}
+        self.journal: Journal | None = None
         self.gate = GateConfig()
         self.checks: list[Check] = []
 
@@ -39,13 +46,30 @@ class SideBySide(LightningModule):
         self._start_evaluation()
 
     def _start_evaluation(self) -> None:
-        data = self.data()
-        scorings = () if self.trainer.state.fn == "fit" else data.scorings
-        # Layers that are split over processes must run equally often on each.
-        keep_prefixes = self.device_mesh is None
+        data, fitting = self.data(), self.trainer.state.fn == "fit"
+        self.journal = None if fitting or self.is_sharded else self._open_journal()
         self.evaluation = Evaluation(
-            data.text_bytes, scorings, device=self.device, keep_prefixes=keep_prefixes
+            data.text_bytes,
+            () if fitting else data.scorings,
+            last_words=data.last_words,
+            device=self.device,
+            # Layers that are split over processes must run equally often on each.
+            keep_prefixes=not self.is_sharded,
+            journal=self.journal,
         )
+        if self.evaluation.known and self.trainer.is_global_zero:
+            done, total = len(self.evaluation.known), len(data.evaluation_batches)
+            logger.info("%d of %d batches were scored before; going on from there", done, total)
+
+    def _open_journal(self) -> Journal:
+        key = evaluation_key(self.source, self.merged, self.data().evaluation_batches)
+        stage = "test" if self.trainer.testing else "validate"
+        return Journal(self.run_dir / "journal", f"{stage}-{key}", self.global_rank)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 splits the frozen layers over the processes."""
+        return self.device_mesh is not None
 
     def validation_step(self, batch: TextBatch | ChoiceBatch, batch_idx: int) -> None:
         self.evaluation.update(self.source, self.merged.causal_lm, batch)
@@ -66,6 +90,9 @@ class SideBySide(LightningModule):
             for key in ("loss", "ppl", "kl"):
                 # Equal on every process: the mean over them is the value itself.
                 self.log(f"{stage}/{key}/{name}", models["merged"][key], sync_dist=True)
+        for name, models in self.results["last_word"].items():
+            accuracy = models["merged"]["accuracy"]
+            self.log(f"{stage}/last_word_accuracy/{name}", accuracy, sync_dist=True)
         for scoring, models in self.results["choices"].items():
             for domain, rate in models["merged"]["by_domain"].items():
                 name = f"{stage}/{scoring}_accuracy/{domain}"

@@ -11,12 +11,17 @@ from pathlib import Path
 from typing import get_args
 
 import numpy as np
-import torch
 from rich.console import Console
 from torch import Tensor
 
-from lmerge.activations import Pooling, layer_states
-from lmerge.agreement import agreement, percentiles, resample_matrices, split_half
+from lmerge.activations import Pooling
+from lmerge.agreement import (
+    agreement,
+    percentiles,
+    resample_matrices,
+    split_half,
+    upper_pearson,
+)
 from lmerge.agreement_table import Row, as_record, table_csv, table_markdown
 from lmerge.data.batching import sample_prompts
 from lmerge.data.questions import fingerprint, load_questions, resolve_domains
@@ -26,8 +31,8 @@ from lmerge.folders import atomic_folder
 from lmerge.information import InformationConfig
 from lmerge.progress import track
 from lmerge.similarity import Measure, similarity_matrix
-from lmerge.source import Dtype, load_model, load_tokenizer, model_fingerprint, resolve_source
-from lmerge.streamed import streamed_states
+from lmerge.similarity_states import group_states
+from lmerge.source import Dtype, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +59,7 @@ def run_similarity(
     num_prompts: int = 40,
     pooling: Pooling = "last",
     num_bootstrap: int = 200,
+    states_path: Path | None = None,
     streamed: bool = False,
     dtype: Dtype = "auto",
     seed: int = 0,
@@ -75,6 +81,9 @@ def run_similarity(
         num_prompts: Prompts of each domain and language; at least 1.
         pooling: Which token's state stands for a prompt.
         num_bootstrap: Resamples of the prompts; 0 for no intervals, otherwise at least 20.
+        states_path: File (.safetensors) that keeps the layer states: read where it is there and
+            belongs to the same model and prompts, so that other measures need no model; else
+            written.
         streamed: Whether each layer is read from the disk in turn, for models larger than memory;
             needs a local folder.
         dtype: Dtype of the weights; `auto` keeps the checkpoint's (float32 where streamed).
@@ -82,14 +91,16 @@ def run_similarity(
         overwrite: Whether an earlier result in `out_dir` may be replaced.
     """
     settings = {**locals(), "information": asdict(information)}
-    del settings["out_dir"], settings["overwrite"]
+    del settings["out_dir"], settings["overwrite"], settings["states_path"]
     _check(measures, num_prompts=num_prompts, num_bootstrap=num_bootstrap, seed=seed)
     _check_folder(out_dir, overwrite=overwrite)
     prompts, texts_fingerprint = _prompts(
         questions, domains, languages, translated, extra_domains, source, num_prompts, seed
     )
     with atomic_folder(out_dir, overwrite=overwrite) as folder:
-        states, model = _states(source, prompts, pooling, dtype, streamed=streamed)
+        states, model = group_states(
+            source, prompts, pooling, dtype, streamed=streamed, path=states_path
+        )
         rows, undefined = [], {}
         for measure in measures:
             matrices = _write_matrices(folder, states, measure, information)
@@ -168,33 +179,6 @@ def _prompts(
     return kept, fingerprint(found)
 
 
-def _states(
-    source: str,
-    prompts: Mapping[str, list[Tensor]],
-    pooling: Pooling,
-    dtype: Dtype,
-    *,
-    streamed: bool,
-) -> tuple[dict[str, Tensor], str]:
-    """Return (L, N, D) of each group, from one pass over all prompts, and the model's name."""
-    everything = [prompt for group in prompts.values() for prompt in group]
-    if streamed:
-        folder = resolve_source(source)
-        if not isinstance(folder, Path) or not folder.is_dir():
-            raise ValueError(
-                f"`streamed` needs a local folder as `source`, got {source!r}. Download it first."
-            )
-        kind = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-        states_LND = streamed_states(folder, everything, pooling=pooling, dtype=kind)
-        name = folder.name
-    else:
-        model = load_model(source, dtype)
-        states_LND = layer_states(model, everything, pooling=pooling)
-        name = model_fingerprint(model)
-    parts = states_LND.split([len(group) for group in prompts.values()], dim=1)
-    return dict(zip(prompts, parts, strict=True)), name
-
-
 def _write_matrices(
     folder: Path, states: Mapping[str, Tensor], measure: Measure, information: InformationConfig
 ) -> dict[str, Tensor]:
@@ -231,7 +215,7 @@ def _rows(
                 states, matrix, seed=seed * 1_000_003 + s, halves=measure == "npib"
             )
             for a, b in pairs:
-                samples[a, b].append(agreement(drawn[a], drawn[b]).pearson_upper)
+                samples[a, b].append(upper_pearson(drawn[a], drawn[b]))
         for s in range(NUM_SPLITS if num_bootstrap else 0):
             for pair, value in split_half(states, matrix, seed=seed * 1_000_003 + s).items():
                 halves.setdefault(pair, []).append(value)

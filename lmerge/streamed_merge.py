@@ -19,11 +19,12 @@ from lmerge.llama import (
     PATHS,
     LayerTensors,
     config_with_layers,
+    head_spec,
     stack_layers,
 )
 from lmerge.merge import expand_alpha, fold_norms, merge_vectors, reference_norms, weighted_sum
+from lmerge.merged import check_motion
 from lmerge.plan import Group, check_plan
-from lmerge.preparation import check_fits
 from lmerge.runs import RunState
 from lmerge.shards import CHUNK, Content, Shape, Stored, stored_tensors
 from lmerge.source import Dtype, read_config, sample, weights_fingerprint
@@ -90,7 +91,6 @@ class StreamedMerge:
         self._frame: tuple[int, _Frame] | None = None
         self._samples: dict[str, Tensor] = {}
         self._unsampled: list[str] = []
-        check_fits(state, model)
         self._check_state()
 
     @property
@@ -119,6 +119,11 @@ class StreamedMerge:
             ValueError: When a merged weight is not finite.
         """
         layer, rest = _place(name)
+        refit = self.state.kept_refits.get(-1 if layer is None else layer, {}).get(
+            SHORT.get(rest, "")
+        )
+        if refit is not None:
+            return refit.to(self.dtype).to(self.out_dtype)
         if layer in self._groups:
             formed = self._form(self._groups[layer], SHORT[rest])
             if not bool(torch.isfinite(formed).all()):
@@ -246,20 +251,39 @@ class StreamedMerge:
         return found
 
     def _check_state(self) -> None:
+        for layer, motion in self.state.orders.items():
+            shapes = {n: self._wanted[f"{LAYERS}0.{PATHS[n]}"] for n in MATRICES}
+            if layer < self.plan.num_layers:
+                check_motion(layer, motion, shapes, head_spec(self.source_config))
         for index, group in enumerate(self.plan.groups):
             self._check_alphas(index, group)
+            refits = self.state.refits[index] if self.state.refits is not None else {}
+            for short, weight in refits.items():
+                self._check_fits("repair.safetensors", group.anchor, short, tuple(weight.shape))
+        for position, refits in self.state.kept_refits.items():
+            for short, weight in refits.items():
+                layer = self._origins[position]
+                self._check_fits("repair.safetensors", layer, short, tuple(weight.shape))
 
     def _check_alphas(self, index: int, group: Group) -> None:
         for short, alpha in self._alphas(index).items():
-            slots = self._shape(group, short)[ALPHA_AXIS[short]]
+            slots = self._shape(group.anchor, short)[ALPHA_AXIS[short]]
             if alpha.ndim == 2 and (not alpha.shape[1] or slots % alpha.shape[1]):
                 raise ValueError(
                     f"alphas.json beside {self.path} must have alphas of {short} that divide its "
                     f"{slots} slots, got {alpha.shape[1]}. Use the alphas.json of the same run."
                 )
 
-    def _shape(self, group: Group, short: str) -> Shape:
-        return self._wanted[f"{LAYERS}{group.anchor}.{PATHS[short]}"]
+    def _check_fits(self, file: str, layer: int, short: str, found: Shape) -> None:
+        wanted = self._shape(layer, short)
+        if found != wanted:
+            raise ValueError(
+                f"{file} beside {self.path} must fit the source, got {short} of shape {found} "
+                f"instead of {wanted}. Use the files of the same run."
+            )
+
+    def _shape(self, layer: int, short: str) -> Shape:
+        return self._wanted[f"{LAYERS}{layer}.{PATHS[short]}"]
 
 
 def _place(name: str) -> tuple[int | None, str]:

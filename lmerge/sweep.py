@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.table import Table
+from rich.live import Live
 
 from lmerge.figures import save
-from lmerge.files import provenance, read_json, write_json, write_text
 from lmerge.sweep_figures import best_so_far_figure, importance_figure, parallel_figure
+from lmerge.sweep_results import read_history, read_trials, results_table, write_results
 from lmerge.trials import (
     ENGINES,
     Engine,
@@ -31,20 +33,7 @@ from lmerge.trials import (
     to_stop,
 )
 
-SCHEMA = 1
 POLL_SECONDS = 0.5
-PLAN_OPTIONS = (
-    "data.",
-    "model.plan",
-    "model.num_removed",
-    "model.measure",
-    "model.information",
-    "model.pooling",
-    "model.source",
-    "model.dtype",
-    "seed_everything",
-)
-"""Options that a plan depends on; where one is swept, the trials cannot share a plan."""
 
 
 def sweep(
@@ -55,6 +44,7 @@ def sweep(
     engine: Engine = "wandb",
     run_dir: str = "runs/sweep",
     seed: int = 0,
+    options: list[str] | None = None,
 ) -> None:
     """Run a W&B sweep file without a server; a second call goes on where the first was stopped.
 
@@ -65,20 +55,38 @@ def sweep(
         engine: `wandb` is W&B's own engine; `optuna` reads the same file.
         run_dir: Folder of the results and of the trials' run folders.
         seed: Seed of the proposed values.
+        options: For sweeps of another LightningCLI: run the file's `program`, with these options,
+            where {folder} stands for the trial's folder. A metrics.csv must come to lie in it.
     """
     for name, value in (("count", count), ("jobs", jobs)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
-    folder, options = Path(run_dir), read_sweep(Path(path))
+    folder, config = Path(run_dir), read_sweep(Path(path))
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / "sweep.lock", timeout=0):
-            runner = Runner(options, folder, engine, seed)
-            runner.run(count, jobs)
+        with FileLock(folder / "sweep.lock", timeout=0), _stopping_like_ctrl_c():
+            Runner(config, folder, engine, seed, options).run(count, jobs)
     except Timeout as error:
         raise ValueError(
             f"another `lmerge sweep` runs in {folder}. Choose another `--run_dir`."
         ) from error
+    except KeyboardInterrupt:
+        sys.stderr.write("lmerge: stopped; the same command goes on from here.\n")
+        sys.exit(130)
+
+
+@contextmanager
+def _stopping_like_ctrl_c() -> Iterator[None]:
+    """Turn SIGTERM into KeyboardInterrupt, so that the trials end with this process."""
+
+    def stop(_signum: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Runner:
@@ -89,10 +97,19 @@ class Runner:
         folder: Folder of the results.
         engine: Who proposes values.
         seed: Seed of the proposals.
+        options: Options of each trial of another program, see `sweep`.
     """
 
-    def __init__(self, config: SweepConfig, folder: Path, engine: Engine, seed: int) -> None:
+    def __init__(
+        self,
+        config: SweepConfig,
+        folder: Path,
+        engine: Engine,
+        seed: int,
+        options: list[str] | None = None,
+    ) -> None:
         self.config, self.folder, self.engine, self.seed = config, folder, engine, seed
+        self.options = options
         self.trials = read_trials(folder / "results.json", config)
         self.running: dict[int, subprocess.Popen[bytes]] = {}
         self.started: dict[int, float] = {}
@@ -103,27 +120,22 @@ class Runner:
         redo = [trial for trial in self.trials if trial.state == "running"]
         more = True
         try:
-            while redo or self.running or (more and len(self.trials) < count):
-                free = len(self.running) < jobs and self._may_start()
-                if free and redo:
-                    self._restart(redo.pop(0))
-                elif free and more and len(self.trials) < count:
-                    more = self._propose()
-                else:
-                    self._poll()
-                    time.sleep(POLL_SECONDS)
+            with Live(console=self.console, auto_refresh=False) as live:
+                live.update(results_table(self.config, self.trials, count, jobs))
+                while redo or self.running or (more and len(self.trials) < count):
+                    free = len(self.running) < jobs
+                    if free and redo:
+                        self._restart(redo.pop(0))
+                    elif free and more and len(self.trials) < count:
+                        more = self._propose()
+                    else:
+                        self._poll()
+                        time.sleep(POLL_SECONDS)
+                    live.update(results_table(self.config, self.trials, count, jobs), refresh=True)
         finally:
             for process in self.running.values():
-                process.kill()
-        self._report(count)
-
-    def _may_start(self) -> bool:
-        """Let the others wait for the first trial's plan, where all share it."""
-        return not self.running or not shares_plan(self.config) or self._plan() is not None
-
-    def _plan(self) -> Path | None:
-        paths = [self.folder / trial.folder / "plan.json" for trial in self.trials]
-        return next((path for path in paths if path.is_file()), None)
+                _kill(process)
+        self._report()
 
     def _propose(self) -> bool:
         params = ENGINES[self.engine](self.config, self.trials, self.seed)
@@ -140,38 +152,40 @@ class Runner:
         self._start(trial)
 
     def _start(self, trial: Trial) -> None:
-        run_dir = self.folder / trial.folder
-        args = trial_command(self.config, trial.params)
-        args += [f"--run_dir={run_dir}", "--overwrite=true", "--wandb=disabled"]
-        if "--model.cache_dir" not in " ".join(args):
-            args.append(f"--model.cache_dir={self.folder / 'cache'}")
-        plan = self._plan()
-        if plan is not None and shares_plan(self.config) and "--model.plan=" not in " ".join(args):
-            args.append(f"--model.plan={plan}")
+        args = [*trial_command(self.config, trial.params), *self._own_options(trial)]
+        program = ["-m", "lmerge"] if self.options is None else [str(self.config["program"])]
         write_results(self.folder, self.config, self.trials)
         with open(self.folder / f"{trial.folder}.log", "wb") as log:
             self.running[trial.index] = subprocess.Popen(
-                [sys.executable, "-m", "lmerge", *args],
+                [sys.executable, *program, *args],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "WANDB_MODE": "disabled"},
+                start_new_session=True,
             )
         self.started[trial.index] = time.monotonic()
+
+    def _own_options(self, trial: Trial) -> list[str]:
+        """Return where a trial writes, and what it shares with the others."""
+        folder = self.folder / trial.folder
+        if self.options is not None:
+            return [option.replace("{folder}", str(folder)) for option in self.options]
+        cache = f"--model.cache_dir={self.folder / 'cache'}"
+        return [f"--run_dir={folder}", "--overwrite=true", "--wandb=disabled", cache]
 
     def _poll(self) -> None:
         for index, process in list(self.running.items()):
             trial = self.trials[index]
             ended = process.poll() is not None
-            csv_path = self.folder / trial.folder / "logs" / "metrics.csv"
-            trial.history = read_history(csv_path, metric_name(self.config))
+            for path in (self.folder / trial.folder).rglob("metrics.csv"):
+                trial.history = read_history(path, metric_name(self.config))
             trial.metric = best_value(self.config, trial.history)
             trial.seconds = time.monotonic() - self.started[index]
             if ended:
                 self._finish(trial, process.returncode)
         for index in to_stop(self.config, self.trials):
             if index in self.running:
-                self.running[index].kill()
-                self.running[index].wait()
+                _kill(self.running[index])
                 self._finish(self.trials[index], 0, stopped=True)
 
     def _finish(self, trial: Trial, code: int, *, stopped: bool = False) -> None:
@@ -189,9 +203,8 @@ class Runner:
             f"trial {trial.index} {trial.state} in {trial.seconds:.0f} s: {shown}", markup=False
         )
 
-    def _report(self, count: int) -> None:
+    def _report(self) -> None:
         write_results(self.folder, self.config, self.trials)
-        self.console.print(results_table(self.config, self.trials))
         done = [t for t in self.trials if t.metric is not None and t.state != "failed"]
         if not done:
             raise ValueError(
@@ -204,13 +217,15 @@ class Runner:
         save(importance_figure(done, name), self.folder / "importance.png")
 
 
-def shares_plan(config: SweepConfig) -> bool:
-    """Return whether no swept option changes the plan."""
-    return not any(key.startswith(PLAN_OPTIONS) for key in config["parameters"])
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a trial with all the processes that its strategy has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def trial_command(config: SweepConfig, params: dict[str, Any]) -> list[str]:
-    """Return the arguments after `lmerge` of a trial, from the file's `command`."""
+    """Return the arguments after the program of a trial, from the file's `command`."""
     args = [f"--{key}={_option(value)}" for key, value in params.items()]
     command = config.get("command", ["${env}", "${interpreter}", "${program}", "fit", "${args}"])
     found: list[str] = []
@@ -224,62 +239,3 @@ def trial_command(config: SweepConfig, params: dict[str, Any]) -> list[str]:
 
 def _option(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def read_history(path: Path, name: str) -> list[float]:
-    """Return the values of a column of Lightning's metrics.csv, without the empty cells."""
-    if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = [row.get(name) for row in csv.DictReader(file)]
-    return [float(value) for value in rows if value]
-
-
-def read_trials(path: Path, config: SweepConfig) -> list[Trial]:
-    """Return the trials of an earlier call; none where there was none.
-
-    Raises:
-        ValueError: When they belong to another sweep.
-    """
-    if not path.is_file():
-        return []
-    data = read_json(path, schema=SCHEMA)
-    if data.get("sweep") != json.loads(json.dumps(config)):
-        raise ValueError(
-            f"{path} holds the trials of another sweep. Choose another `--run_dir`, or remove it."
-        )
-    return [Trial(**trial) for trial in data["trials"]]
-
-
-def write_results(folder: Path, config: SweepConfig, trials: Sequence[Trial]) -> None:
-    """Write results.json and results.csv."""
-    data = {"sweep": config, "trials": [t.as_dict() for t in trials], "provenance": provenance()}
-    write_json(folder / "results.json", data, schema=SCHEMA)
-    names = sorted({key for trial in trials for key in trial.params})
-    lines = [["trial", "state", "seconds", metric_name(config), *names]]
-    for trial in trials:
-        values = [json.dumps(trial.params.get(name)) for name in names]
-        metric = "" if trial.metric is None else repr(trial.metric)
-        lines.append([str(trial.index), trial.state, f"{trial.seconds:.1f}", metric, *values])
-    write_text(folder / "results.csv", "".join(",".join(map(_cell, line)) + "\n" for line in lines))
-
-
-def _cell(value: str) -> str:
-    return '"' + value.replace('"', '""') + '"' if set(value) & set(',"\n') else value
-
-
-def results_table(config: SweepConfig, trials: Sequence[Trial]) -> Table:
-    """Return the trials, the best first."""
-    table = Table(title=f"best of {len(trials)} trials first", title_justify="left")
-    for name in ("trial", metric_name(config), "state", "seconds", "values"):
-        table.add_column(name)
-
-    def rank(trial: Trial) -> float:
-        failed = trial.metric is None or trial.state == "failed"
-        return float("inf") if failed else sign(config) * float(trial.metric or 0)
-
-    for trial in sorted(trials, key=rank)[:20]:
-        metric = "" if trial.metric is None else f"{trial.metric:.6g}"
-        values = ", ".join(f"{key.rpartition('.')[2]} {v}" for key, v in trial.params.items())
-        table.add_row(str(trial.index), metric, trial.state, f"{trial.seconds:.0f}", values)
-    return table

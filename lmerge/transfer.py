@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +25,10 @@ from lmerge.llama import decoder_layers, embed, lm_logits, num_layers, run_span,
 from lmerge.merged import MergedLlama
 from lmerge.plan import Group, MergePlan, block_groups
 from lmerge.repair import RepairConfig, refit_groups
-from lmerge.search import SearchMethod
 from lmerge.similarity import Measure, similarity_matrix
 from lmerge.transfer_data import DomainTexts
 
-Rule = Measure | SearchMethod
+Rule = Measure | Literal["block_repaired"]
 """How a plan is made: the block that a measure finds most alike, or a search by loss."""
 
 MIXED = "mixed"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,8 +16,7 @@ from lmerge.files import read_json, write_json
 from lmerge.information import InformationConfig
 from lmerge.plan import Group
 from lmerge.progress import track
-from lmerge.search import SEARCHES, search_plan
-from lmerge.similarity import Measure
+from lmerge.search import search_plan
 from lmerge.transfer import (
     MIXED,
     Rule,
@@ -91,16 +91,19 @@ class Study:
             self.plans[rule, num_removed, name] = Group(members=members, anchor=members[0])
 
     def _group(self, rule: Rule, num_removed: int, name: str) -> Group:
-        if rule in SEARCHES:
+        if rule == "block_repaired":
             blocks_BT = self.texts[name].blocks_BT
             found = search_plan(self.source, blocks_BT, self.held_B, num_removed, rule)
-            return found[0].group
+            return found[0].groups[0]
+        return similar_group(self._layer_states(name), rule, num_removed, self.information)
+
+    def _layer_states(self, name: str) -> Tensor:
+        if name == MIXED:
+            return torch.cat([self._layer_states(domain) for domain in self.domains], dim=1)
         if name not in self._states:
-            self._states = {  # those of one text at a time
-                name: layer_states(self.source, self.texts[name].prompts, pooling=self.pooling)
-            }
-        measure = cast(Measure, rule)
-        return similar_group(self._states[name], measure, num_removed, self.information)
+            prompts = self.texts[name].prompts
+            self._states[name] = layer_states(self.source, prompts, pooling=self.pooling)
+        return self._states[name]
 
     def measure(self) -> None:
         """Measure the source and every refitted model on all domains, lowest blocks first.

@@ -20,7 +20,6 @@ from lmerge.files import provenance, read_json, write_json, write_text
 from lmerge.information import InformationConfig
 from lmerge.llama import num_layers
 from lmerge.plan import check_num_removed
-from lmerge.search import SearchMethod
 from lmerge.similarity import Measure
 from lmerge.source import Dtype, load_model, load_tokenizer, model_fingerprint
 from lmerge.transfer import Rule
@@ -55,7 +54,7 @@ def run_transfer(
     languages: list[str] = ENGLISH,
     translated: list[str] | None = None,
     extra_domains: dict[str, list[str]] | None = None,
-    rules: list[Measure | SearchMethod] = RULES,
+    rules: list[Rule] = RULES,
     num_removed: list[int] = REMOVED,
     information: InformationConfig = InformationConfig(),  # noqa: B008 - frozen
     num_prompts: int = 40,
@@ -74,7 +73,8 @@ def run_transfer(
 
     Args:
         source: Model: hub id, local folder, GGUF file or alias.
-        out_dir: Folder of the results; cells that are there are not computed again.
+        out_dir: Folder of the results; cells that are there are not computed again, so that rules
+            and numbers may be added.
         questions: Where the questions are, as in `fit --data.questions`.
         domains: Domains to compare.
         languages: ISO 639-1 codes of the languages to compare.
@@ -136,7 +136,9 @@ def run_transfer(
         "questions": sides.fingerprints(),
         "settings": settings,
     }
-    with _folder(out_dir, made_of, overwrite=overwrite):
+    # Cells hold for other rules and numbers too, which a later call may add.
+    cells = {key: value for key, value in settings.items() if key not in ("rules", "num_removed")}
+    with _folder(out_dir, {**made_of, "settings": cells}, overwrite=overwrite):
         study = Study(model, texts, out_dir, information, pooling)
         study.make_plans(rules, num_removed)
         study.measure()
@@ -146,7 +148,7 @@ def run_transfer(
 def _check(settings: Mapping[str, Any]) -> None:
     """Raise ValueError on an option out of range, before anything is loaded."""
     for name, allowed in {
-        "rules": (*get_args(Measure), *get_args(SearchMethod)),
+        "rules": (*get_args(Measure), "block_repaired"),
         "calibration_splits": get_args(CalibrationSplit),
     }.items():
         unknown = [value for value in settings[name] if value not in allowed]

@@ -452,7 +452,7 @@ def orders_that_are_no_permutation(place: Place) -> Bad:
 @case
 def orders_of_another_width(place: Place) -> Bad:
     save_file({"0": torch.arange(40, dtype=torch.int32)}, place.run / "orders.safetensors")
-    return Bad(export(place), ("the order of layer 0", "other widths"))
+    return Bad(export(place), ("orders.safetensors", "[48]", "[40]"))
 
 
 @case
@@ -467,7 +467,7 @@ def repair_of_another_width(place: Place) -> Bad:
     path = place.run / "repair.safetensors"
     tensors, metadata = read_tensors(path)
     write_tensors(path, {name: t[:, :-1] for name, t in tensors.items()}, metadata)
-    return Bad(export(place), ("the refit of down_proj", "[32, 47]", "[32, 48]"))
+    return Bad(export(place), ("repair.safetensors", "(32, 47)", "(32, 48)"))
 
 
 @case

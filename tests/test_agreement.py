@@ -11,6 +11,7 @@ from lmerge.agreement import (
     percentiles,
     resample_matrices,
     split_half,
+    upper_pearson,
 )
 from lmerge.similarity import cosine_similarity
 
@@ -123,3 +124,9 @@ def test_split_halves_of_one_source_of_prompts_agree_alike_within_and_between() 
     found = split_half(groups, cosine_similarity, seed=0)
     assert list(found) == [("a", "a"), ("a", "b"), ("b", "b")]
     assert min(found.values()) > 0.95
+
+
+def test_the_short_way_to_pearson_off_the_diagonal_is_the_same_number() -> None:
+    a, b = torch.rand(2, 6, 6, generator=torch.Generator().manual_seed(0)).double()
+    a[1, 3] = torch.nan
+    assert upper_pearson(a, b) == agreement(a, b).pearson_upper

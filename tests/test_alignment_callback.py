@@ -24,7 +24,7 @@ def test_a_second_run_with_the_same_key_does_not_solve_again(
     fit(tiny_dir, tmp_path / "run")
     wanted = read_orders(tmp_path / "run" / "orders.safetensors")
     assert all(isinstance(motion, Transform) for motion in wanted.values())
-    assert len(list((tmp_path / "run" / "alignment_cache").iterdir())) == 1
+    assert len(list((tmp_path / "run" / "alignment_cache").glob("*.safetensors"))) == 1
 
     def refuse(*_args: object, **_options: object) -> None:
         raise AssertionError("solved again")
@@ -99,7 +99,7 @@ def test_another_temperature_is_another_alignment(tiny_dir: Path, tmp_path: Path
     for temperature in (0.1, 0.2):
         chosen = f"--alignment.temperature={temperature}"
         fit(tiny_dir, tmp_path / "run", "--overwrite=true", chosen, *fast)
-    assert len(list((tmp_path / "run" / "alignment_cache").iterdir())) == 2
+    assert len(list((tmp_path / "run" / "alignment_cache").glob("*.safetensors"))) == 2
 
 
 def notes_of_two_processes(tiny_dir: Path, run_dir: Path, *args: str) -> list[dict[str, Any]]:
@@ -126,7 +126,7 @@ def test_with_two_processes_one_solves_both_agree_and_the_next_run_reads(
     assert (first["solved"], second["solved"]) == (True, False)
     assert first["orders"] == second["orders"] != {}
     assert first["merged"] == second["merged"]
-    assert len(list((folder / "alignment_cache").iterdir())) == 1
+    assert len(list((folder / "alignment_cache").glob("*.safetensors"))) == 1
     for name in ("neurons.png", "matrices.png", "similarity.json"):
         assert (folder / "alignment" / name).is_file()
     again = notes_of_two_processes(tiny_dir, folder, "--overwrite=true")

@@ -264,7 +264,7 @@ def test_the_loss_lies_in_its_interval() -> None:
 def test_a_text_without_a_source_has_loss_alone() -> None:
     metric = TextMetric()
     metric.update(torch.tensor([0, 1]), torch.tensor([3.0, 5.0]), torch.tensor([2, 2]))
-    blocks = {"block_nats", "block_tokens"}
+    blocks = {"block_nats", "block_tokens", "ppl_low", "ppl_high"}
     assert set(metric.compute()) == {"loss", "loss_low", "loss_high", "ppl", "tokens", *blocks}
 
 

@@ -16,6 +16,7 @@ from lmerge.plan import (
     block_groups,
     check_num_removed,
     check_plan,
+    layers_of_budget,
     make_plan,
     plan_from_dict,
     plan_to_dict,
@@ -264,3 +265,17 @@ def test_a_plan_fits_its_source_and_any_when_one_of_them_has_no_fingerprint(
     source: str, fingerprint: str
 ) -> None:
     check_plan(made_for(4, source), 4, fingerprint, PATH)
+
+
+@pytest.mark.parametrize(
+    ("budget", "num_layers", "wanted"),
+    [("20%", 30, 6), (" 10 % ", 30, 3), ("0%", 4, 0), ("33.3%", 30, 10)],
+)
+def test_a_budget_is_a_share_of_the_layers(budget: str, num_layers: int, wanted: int) -> None:
+    assert layers_of_budget(budget, num_layers) == wanted
+
+
+@pytest.mark.parametrize("budget", ["20", "100%", "-1%", "a%", "%", "", "nan%"])
+def test_a_budget_that_is_no_percentage_is_refused(budget: str) -> None:
+    with pytest.raises(ValueError, match="must be a percentage of the layers such as 20%"):
+        layers_of_budget(budget, 30)

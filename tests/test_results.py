@@ -95,13 +95,14 @@ def test_a_table_has_costs_then_choices_then_texts() -> None:
     assert [row[0] for row in table_rows(results())] == [
         "layers",
         "parameters",
-        "size of the weights",
+        "size on disk",
         "prefill (tokens/s)",
         "accuracy, letters",
         "mean over 2 subjects, letters",
         "difference, letters",
         "calibration error, letters",
         "chosen A/B/C/D, letters",
+        *(f"  where {letter} is right" for letter in "ABCD"),
         "accuracy, answer texts",
         "mean over 2 subjects, answer texts",
         "difference, answer texts",
@@ -111,6 +112,41 @@ def test_a_table_has_costs_then_choices_then_texts() -> None:
         "perplexity on en text",
         "KL from the source on en text",
     ]
+
+
+def measured() -> dict[str, Any]:
+    """Results with all that an evaluation measures."""
+    paired = {key: CHOICES[key] for key in ("difference", "mcnemar")}
+    words = {**RATE, "ppl": 20.0, "ppl_low": 10.0, "ppl_high": 40.0}
+    scores = {**SCORES, "ppl_low": 27.0, "ppl_high": 36.0, "bits_per_byte": 1.2345}
+    return {
+        "choices": {"letter": CHOICES},
+        "last_word": {"mine": {"source": words, "merged": words, **paired}},
+        "text": {"en": {"source": scores, "merged": {**scores, "agreement": 0.5}}},
+        "generation": {
+            "source": {"distinct": 0.9, "repetition": 0.1, "texts": {"Water": " boils\nat"}},
+            "merged": {"distinct": 0.1, "repetition": 0.9, "texts": {"Water": " water" * 9}},
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "cells"),
+    [
+        ("  where D is right", ("8/0/2/0",) * 2),
+        ("last word, mine", ("25.0% [20.0, 30.5]",) * 2),
+        ("difference, last word, mine", ("", "+5.0 [-2.1, +10.0], p = 0.73")),
+        ("perplexity of the last word, mine", ("20.00 [10.00, 40.00]",) * 2),
+        ("perplexity on en text", ("31.22 [27.00, 36.00]",) * 2),
+        ("bits per byte on en text", ("1.234", "1.234")),
+        ("same top token on en text", ("100%", "50.0%")),
+        ("distinct bigrams, written greedily", ("0.90", "0.10")),
+        ("repeated 4-grams, written greedily", ("0.10", "0.90")),
+        ("Water ...", ("boils at", "water water water water water water water wat...")),
+    ],
+)
+def test_a_table_shows_what_was_measured(name: str, cells: tuple[str, str]) -> None:
+    assert (name, *cells) in table_rows(measured())
 
 
 def test_a_table_has_source_before_merged() -> None:

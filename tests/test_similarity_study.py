@@ -146,3 +146,19 @@ def test_a_domain_of_ones_own_is_measured(options) -> None:
     run_similarity(**options)
     data = read_json(options["out_dir"] / RESULT, schema=SCHEMA)
     assert data["num_prompts"] == {"care/en": 6, "math/en": 6}
+
+
+def test_states_in_a_file_are_used_again_without_the_model(
+    options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "states.safetensors"
+    run_similarity(**options, states_path=path)
+    first = np.load(options["out_dir"] / "angular" / "math-en.npy", allow_pickle=False)
+    monkeypatch.setattr("lmerge.similarity_states.load_model", None)
+    options["out_dir"] = tmp_path / "again"
+    run_similarity(**options, states_path=path)
+    again = np.load(options["out_dir"] / "angular" / "math-en.npy", allow_pickle=False)
+    np.testing.assert_array_equal(first, again)
+    options["out_dir"] = tmp_path / "other"
+    with pytest.raises(ValueError, match=r"^`states_path` must hold [^\n]*$"):
+        run_similarity(**{**options, "seed": 1}, states_path=path)

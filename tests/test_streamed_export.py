@@ -10,12 +10,13 @@ from checkpoints import edit_config
 from cli_run import fit, run
 from conftest import byte_tokenizer, tiny_config
 from made_runs import PLAN, merged_state, source
-from models import VARIANTS, logits, same, tokens
+from models import VARIANTS, logits, plan_of, same, tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lmerge.alphas import AlphaConfig, Granularity
+from lmerge.llama import decoder_layers, layer_tensors
 from lmerge.merged import MergedLlama
 from lmerge.runs import RunState
 from lmerge.source import Dtype, load_model, model_fingerprint
@@ -71,6 +72,23 @@ def test_every_alignment_and_granularity(tmp_path: Path, kind: str, grain: Granu
     for name, wanted in merged.plain().named_parameters():
         found = merge.tensor(name)
         assert torch.equal(found if isinstance(found, Tensor) else found.read(), wanted), name
+
+
+def test_refits_of_layers_in_no_group_are_written(tmp_path: Path) -> None:
+    folder = source(tmp_path / "source")
+    plan = plan_of([0, 1], anchors=[1])
+    merged, state = merged_state(load_model(str(folder)), plan=plan, repair=False)
+    generator = torch.Generator().manual_seed(7)
+    kept = layer_tensors(decoder_layers(merged.causal_lm)[1])
+    names = ("down_proj", "o_proj", "input_layernorm")
+    new = {name: torch.randn(kept[name].shape, generator=generator) for name in names}
+    merged.refit_layer(1, new)
+    state.kept_refits = merged.kept_refits
+    export_streamed(folder, StreamedMerge(folder, state), tmp_path / "out", card="")
+    expect_equal(tmp_path / "out", merged.plain())
+    assert torch.equal(
+        written(tmp_path / "out")["model.layers.1.mlp.down_proj.weight"], new["down_proj"]
+    )
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])

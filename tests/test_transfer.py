@@ -218,6 +218,16 @@ def test_cells_of_other_settings_are_refused_unless_overwritten(options: dict[st
     assert settings["settings"]["seed"] == 1
 
 
+def test_a_rule_is_added_without_computing_the_others_again(
+    options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_transfer(**{**options, "rules": ["block_repaired"]})  # type: ignore[arg-type]
+    monkeypatch.setattr(transfer_cells, "search_plan", None)
+    run_transfer(**options)  # type: ignore[arg-type]
+    data = read_json(options["out_dir"] / RESULT, schema=SCHEMA)  # type: ignore[operator]
+    assert {row["rule"] for row in data["rows"]} == {"angular", "block_repaired"}
+
+
 def test_a_folder_of_something_else_is_never_touched(options: dict[str, object]) -> None:
     out = options["out_dir"]
     assert isinstance(out, Path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -24,9 +25,10 @@ from lmerge.data.batching import (
     world,
 )
 from lmerge.data.prompts import build_choice_batches
-from lmerge.data.records import IGNORE, ChoiceBatch, Question, Scoring, TextBatch
+from lmerge.data.records import IGNORE, ChoiceBatch, Question, Scoring, TextBatch, WordBatch
 from lmerge.data.stage import StageData, read_stage
 from lmerge.data.text import block_batches, text_batches
+from lmerge.data.words import word_batches
 from lmerge.source import load_config, load_tokenizer
 
 EvaluationBatch = TextBatch | ChoiceBatch
@@ -59,9 +61,14 @@ class MMLUDataModule(LightningDataModule):
         num_shots: Answered examples before each question; at least 0.
         scorings: How questions are scored: letter (name the letter) and cloze (most likely text).
         calibration_text: Prose to calibrate on beside the questions: `bank`, a .txt file, a .jsonl
-            file with `text`, or null for none.
+            file with `text`, a list of these, or null for none.
         eval_text: Prose to measure perplexity on: `bank`, a .txt file, a .jsonl file with `text`,
-            or null for none.
+            several of these, or null for none. A file's results go by its name without ending.
+        stride: Tokens from one block's start to the next where perplexity is measured; below
+            `block_size` blocks overlap, and each token is scored once, after at least
+            `block_size - stride` others. 1 to `block_size`; null for `block_size`.
+        last_word: .jsonl file with `text`, or several, of which the last words are to be guessed,
+            as in LAMBADA; null for none.
         block_size: Tokens in a block of text; at least 2, at most the model's context.
         num_calibration_tokens: Tokens to calibrate on; at least `block_size`.
         holdout: Share of the calibration blocks that are never trained on, but choose the
@@ -84,8 +91,10 @@ class MMLUDataModule(LightningDataModule):
         extra_domains: dict[str, list[str]] | None = None,
         num_shots: int = 5,
         scorings: list[Scoring] = SCORINGS,
-        calibration_text: str | None = "bank",
-        eval_text: str | None = "bank",
+        calibration_text: str | list[str] | None = "bank",
+        eval_text: str | list[str] | None = "bank",
+        stride: int | None = None,
+        last_word: str | list[str] | None = None,
         block_size: int = 256,
         num_calibration_tokens: int = 16_384,
         holdout: float = 0.15,
@@ -102,8 +111,16 @@ class MMLUDataModule(LightningDataModule):
         _check_at_least(1, max_questions=1 if max_questions is None else max_questions)
         _check_at_least(2, block_size=block_size)
         _check_at_least(block_size, num_calibration_tokens=num_calibration_tokens)
-        if not scorings and eval_text is None:
-            raise ValueError("`scorings` must not be empty without `eval_text`; give one of them.")
+        if stride is not None and not 1 <= stride <= block_size:
+            raise ValueError(
+                f"`stride` must be between 1 and the `block_size` of {block_size}, got {stride}; "
+                "lower it."
+            )
+        if not scorings and not eval_text and not last_word:
+            raise ValueError(
+                "`scorings` must not be empty without `eval_text` and `last_word`; give one of "
+                "them."
+            )
         if not 0 < holdout <= 0.5:
             raise ValueError(f"`holdout` must be above 0 and at most 0.5, got {holdout}; try 0.15.")
         self.source = source
@@ -115,6 +132,8 @@ class MMLUDataModule(LightningDataModule):
         self.scorings = scorings
         self.calibration_text = calibration_text
         self.eval_text = eval_text
+        self.stride = stride
+        self.last_word = last_word
         self.block_size = block_size
         self.num_calibration_tokens = num_calibration_tokens
         self.holdout = holdout
@@ -146,6 +165,7 @@ class MMLUDataModule(LightningDataModule):
             max_questions=self.max_questions,
             calibration_text=self.calibration_text,
             eval_text=self.eval_text,
+            last_word=self.last_word,
         )
         max_length = context_length(load_config(self.source))
         if self.block_size > max_length:
@@ -173,6 +193,12 @@ class MMLUDataModule(LightningDataModule):
         return self._require().fingerprints()
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """Options that decide how questions and texts are measured."""
+        names = ("scorings", "num_shots", "max_questions", "block_size", "stride")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Tokenizer of the source."""
         self._require()
@@ -187,13 +213,25 @@ class MMLUDataModule(LightningDataModule):
         return {name: len(text.encode()) for name, text in data.eval_texts.items()}
 
     @property
+    def last_words(self) -> list[str]:
+        """Names of the files whose texts' last words are to be guessed; none while fitting."""
+        data = self._require()
+        return [] if data.stage == "fit" else list(data.last_words)
+
+    @property
     def text_tokens(self) -> dict[str, int]:
         """Predicted tokens of each text that is measured on: all but the very first."""
         counts = dict.fromkeys(self.text_bytes, 0)
         for batch in self._batches:
-            if isinstance(batch, TextBatch):
+            if isinstance(batch, TextBatch) and not isinstance(batch, WordBatch):
                 counts[batch.name] += int((batch.target_BT != IGNORE).sum())
         return counts
+
+    @property
+    def evaluation_batches(self) -> Sequence[EvaluationBatch]:
+        """All batches that the stage measures on, in the order of a single process."""
+        self._require()
+        return self._batches
 
     def calibration_prompts(self) -> dict[tuple[str, str], list[Tensor]]:
         """Return zero-shot letter prompts (T,) of each (domain, language), from val."""
@@ -279,8 +317,16 @@ class MMLUDataModule(LightningDataModule):
                 text,
                 self._tokenizer,
                 block_size=self.block_size,
-                stride=self.block_size,
+                stride=self.stride or self.block_size,
                 batch_size=self._blocks_per_batch(),
+            )
+        for name, texts in data.last_words.items():
+            batches += word_batches(
+                name,
+                texts,
+                self._tokenizer,
+                max_tokens=self.eval_tokens,
+                max_length=max_length,
             )
         for scoring in dict.fromkeys(self.scorings):
             batches += build_choice_batches(

@@ -79,5 +79,10 @@ class TextBatch:
     """Next-token ids, already shifted; `IGNORE` where nothing is predicted (int64)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class WordBatch(TextBatch):
+    """Texts, one to a row, of which only the tokens of the last word are targets."""
+
+
 IGNORE = -100
 """Target of a position that does not count, as in `torch.nn.functional.cross_entropy`."""

@@ -9,6 +9,7 @@ from lmerge.data.prompts import Examples, check_shots
 from lmerge.data.questions import fingerprint, load_questions, resolve_domains
 from lmerge.data.records import Question, Split
 from lmerge.data.text import read_texts, text_fingerprint
+from lmerge.data.words import read_last_words
 
 EVALUATED: dict[str, Split] = {"fit": "val", "validate": "val", "test": "test"}
 """Stage -> the split it reads beside dev. No other is opened, so that nothing can leak."""
@@ -30,6 +31,8 @@ class StageData:
     """Prose to calibrate on, by name; none in `test`."""
     eval_texts: dict[str, str]
     """Prose to measure on, by name."""
+    last_words: dict[str, list[str]]
+    """Texts whose last word is to be guessed, by name of their file."""
 
     def fingerprints(self) -> dict[str, str]:
         """Return the fingerprint of each split and text, such as `val` and `eval/en`."""
@@ -38,6 +41,8 @@ class StageData:
         found[EVALUATED[self.stage]] = fingerprint(self.questions)
         for use, texts in (("calibration", self.calibration_texts), ("eval", self.eval_texts)):
             found |= {f"{use}/{name}": text_fingerprint(text) for name, text in texts.items()}
+        for name, lines in self.last_words.items():
+            found[f"last_word/{name}"] = text_fingerprint("\n".join(lines))
         return found
 
 
@@ -50,8 +55,9 @@ def read_stage(
     languages: Sequence[str],
     num_shots: int,
     max_questions: int | None,
-    calibration_text: str | None,
-    eval_text: str | None,
+    calibration_text: str | Sequence[str] | None,
+    eval_text: str | Sequence[str] | None,
+    last_word: str | Sequence[str] | None,
 ) -> StageData:
     """Read and check what a stage needs; the arguments are those of `MMLUDataModule`.
 
@@ -83,6 +89,7 @@ def read_stage(
         domain_subjects=domain_subjects,
         calibration_texts=calibration_texts,
         eval_texts=eval_texts,
+        last_words=read_last_words(last_word),
     )
 
 

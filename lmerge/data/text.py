@@ -18,20 +18,39 @@ from lmerge.data.tokens import encode
 
 
 def read_texts(
-    source: str | None, languages: Sequence[str], *, split: Literal["val", "test"]
+    source: str | Sequence[str] | None, languages: Sequence[str], *, split: Literal["val", "test"]
 ) -> dict[str, str]:
-    """Return texts by name: one per language from the bank, or the user's file under its stem.
+    """Return texts by name: one per language from the bank, and the user's files under their stems.
 
     Args:
-        source: `bank`, a `.txt` or `.jsonl` file, or None for no text.
+        source: `bank`, a `.txt` or `.jsonl` file, several of these, or None for no text.
         languages: ISO 639-1 codes; a user's file is read once, whatever they are.
         split: Which of the bundled texts: `val` to calibrate on, `test` to measure on.
     """
-    if source is None:
-        return {}
-    if source == "bank":
-        return {language: read_text(source, language, split=split) for language in languages}
-    return {Path(source).stem: read_text(source)}
+    texts: dict[str, str] = {}
+    for path in file_names(source):
+        if path == "bank":
+            texts |= {language: read_text(path, language, split=split) for language in languages}
+        else:
+            texts[Path(path).stem] = read_text(path)
+    return texts
+
+
+def file_names(source: str | Sequence[str] | None) -> list[str]:
+    """Return the files of an option that takes none, one or several; results go by their stems.
+
+    Raises:
+        ValueError: If two files have the same stem.
+    """
+    paths = [source] if isinstance(source, str) else list(source or ())
+    stems = [Path(path).stem for path in paths]
+    twice = [stem for stem in stems if stems.count(stem) > 1]
+    if twice:
+        raise ValueError(
+            f"files must differ in their names without the ending, got {twice[0]!r} twice; rename "
+            "one of them."
+        )
+    return paths
 
 
 def read_text(source: str, language: str = "en", *, split: Literal["val", "test"] = "test") -> str:
@@ -54,10 +73,26 @@ def read_text(source: str, language: str = "en", *, split: Literal["val", "test"
             f"{source}: a text must be bank, an existing .txt file or an existing .jsonl file; "
             "check the path."
         )
-    text = read_utf8(path) if path.suffix == ".txt" else "\n\n".join(_documents(path))
+    if path.suffix == ".txt":
+        text = read_utf8(path)
+    else:
+        text = "\n\n".join(document for _, document in documents(path))
     if not text.strip():
         raise ValueError(f"{source}: a text must not be empty, got {show(text)}; fill it.")
     return text
+
+
+def documents(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield where it stands (file and line) and the `text` of each line of a JSONL file."""
+    for number, line in enumerate(read_utf8(path).split("\n"), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            text = parse_object(line, where).get("text")
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"{where}: `text` must be a text, got {show(text)}; correct the line."
+                )
+            yield where, text
 
 
 def text_fingerprint(text: str) -> str:
@@ -159,18 +194,6 @@ def _bundled_text(language: str, split: Literal["val", "test"]) -> str:
             "give a .txt file, or null for none."
         )
     return read_utf8(file)
-
-
-def _documents(path: Path) -> Iterator[str]:
-    for number, line in enumerate(read_utf8(path).split("\n"), start=1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            text = parse_object(line, where).get("text")
-            if not isinstance(text, str):
-                raise ValueError(
-                    f"{where}: `text` must be a text, got {show(text)}; correct the line."
-                )
-            yield text
 
 
 def _blocks(

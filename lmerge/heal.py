@@ -1,0 +1,309 @@
+"""Healing: a short training of the merged model by KL to the source, named as what it is.
+
+Everything else in lmerge changes weights by alphas or in closed form. Here gradients of the
+KL(source || merged) reach weights: of one number for each row and column of the layers above the
+gap (`scales`, a form of alphas), of the merged layers (`merged`), or of all layers above (`all`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from lmerge.cache import StateCache
+from lmerge.divergence import exact_kl, head_kl
+from lmerge.llama import (
+    MATRICES,
+    LayerTensors,
+    by_path,
+    decoder_layers,
+    head_weight,
+    layer_tensors,
+    lm_logits,
+    num_layers,
+    run_span,
+    span,
+    with_layers,
+    with_matrices,
+)
+from lmerge.merged import MergedLlama
+from lmerge.progress import track
+
+logger = logging.getLogger(__name__)
+
+HealMethod = Literal["none", "scales", "merged", "all"]
+
+WARMUP = 5
+"""Steps in which the learning rate rises."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealConfig:
+    """A short training by KL after the repair."""
+
+    method: HealMethod = "none"
+    """`scales` trains a factor for each row and column of every matrix from the first merged layer
+    up; `merged` the weights of the merged layers; `all` those of all layers from there up."""
+    num_steps: int = 100
+    """Steps of Adam; at least 1."""
+    lr: float = 0.01
+    """Largest learning rate, above 0; it rises, then falls as a cosine. Try 0.01 for `scales`, else
+    0.0003."""
+    batch_size: int = 4
+    """Calibration blocks in a step; at least 1."""
+    num_positions: int = 64
+    """Positions of each block that the KL looks at; at least 1."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "num_positions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise ValueError(f"`lr` must be above 0 and finite, got {self.lr}. Try 0.01.")
+
+
+class Healed(NamedTuple):
+    """What healing did."""
+
+    kl_before: float
+    """KL(source || merged) in nats a token on the held-out blocks before."""
+    kl_after: float
+    """The same afterwards."""
+    kept: bool
+    """Whether the change was kept: it is dropped where the held-out KL did not fall."""
+
+
+class ScaledLinear(nn.Module):
+    """A matrix with a factor for each row and each column, applied to its output and input.
+
+    That is the same as scaling the matrix, without a gradient of its size.
+
+    Args:
+        linear: The matrix, frozen.
+    """
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+        weight: Tensor = linear.weight  # type: ignore[assignment]
+        self.row = nn.Parameter(_zeros(weight, 0))
+        self.column = nn.Parameter(_zeros(weight, 1))
+
+    def weight(self) -> Tensor:
+        """Return the scaled matrix."""
+        weight: Tensor = self.linear.weight  # type: ignore[assignment]
+        return (weight.float() * (1 + self.row)[:, None] * (1 + self.column)).to(weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight: Tensor = self.linear.weight  # type: ignore[assignment]
+        bias: Tensor | None = self.linear.bias  # type: ignore[assignment]
+        output = nn.functional.linear(x * (1 + self.column).to(x.dtype), weight)
+        output = output * (1 + self.row).to(x.dtype)
+        return output if bias is None else output + bias
+
+
+class ScaledLayer(nn.Module):
+    """A decoder layer whose seven matrices are `ScaledLinear`.
+
+    Args:
+        template: The decoder layer; it is left as it is.
+    """
+
+    def __init__(self, template: nn.Module) -> None:
+        super().__init__()
+        self.base = layer_tensors(template)
+        self.scaled = nn.ModuleDict()
+        self.inner = with_matrices(template, self._wrap)
+
+    def _wrap(self, name: str, matrix: nn.Module) -> nn.Module:
+        self.scaled[name] = ScaledLinear(matrix)
+        return self.scaled[name]
+
+    def tensors(self) -> LayerTensors:
+        """Return the tensors that the layer has now."""
+        scaled = {name: cast(ScaledLinear, self.scaled[name]).weight() for name in MATRICES}
+        return {**self.base, **scaled}
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(hidden_states, *args, **kwargs)
+
+
+class FreeLayer(nn.Module):
+    """A decoder layer whose matrices are trained.
+
+    Args:
+        template: The decoder layer; its code runs, and its weights stay as they are.
+    """
+
+    def __init__(self, template: nn.Module) -> None:
+        super().__init__()
+        self.template = template
+        base = layer_tensors(template)
+        self.free = nn.ParameterDict({n: nn.Parameter(base[n].float().clone()) for n in MATRICES})
+
+    def tensors(self) -> LayerTensors:
+        """Return the tensors that the layer has now."""
+        base = layer_tensors(self.template)
+        return {**base, **{n: weight.to(base[n].dtype) for n, weight in self.free.items()}}
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(
+            self.template, by_path(self.tensors()), (hidden_states, *args), kwargs
+        )
+
+
+def _zeros(weight: Tensor, axis: int) -> Tensor:
+    return torch.zeros(weight.shape[axis], dtype=torch.float32, device=weight.device)
+
+
+def heal(
+    source: PreTrainedModel,
+    merged: MergedLlama,
+    cache: StateCache,
+    held_B: Tensor,
+    config: HealConfig,
+    *,
+    seed: int = 0,
+) -> Healed | None:
+    """Train a merged model by KL to the source on cached states; it is changed in place.
+
+    Args:
+        source: The source model.
+        merged: The merged model, repaired or not.
+        cache: The source's states on the calibration blocks.
+        held_B: Blocks that are not trained on, but decide whether the change is kept (bool).
+        config: What is trained, and how long.
+        seed: Seed of the blocks and positions of each step.
+
+    Returns:
+        The KL before and after; None where nothing is to be done.
+    """
+    if config.method == "none" or not merged.plan.groups:
+        return None
+    plain = merged.plain()
+    trained = _trained_layers(merged, plain, config.method)
+    suffix = _suffix(plain, merged.first_merged, trained)
+    before = held_kl(source, suffix, cache, held_B)
+    parameters = [p for layer in trained.values() for p in layer.parameters() if p.requires_grad]
+    _train(source, suffix, cache, (~held_B).nonzero().flatten(), parameters, config, seed)
+    after = held_kl(source, suffix, cache, held_B)
+    kept = after < before
+    if kept:
+        with torch.no_grad():
+            for position, layer in trained.items():
+                merged.refit_layer(position, {n: layer.tensors()[n].clone() for n in MATRICES})
+    logger.info("healing: held-out KL %.4f -> %.4f%s", before, after, "" if kept else ", dropped")
+    return Healed(before, after, kept)
+
+
+TrainedLayer = ScaledLayer | FreeLayer
+
+
+def _trained_layers(
+    merged: MergedLlama, plain: PreTrainedModel, method: HealMethod
+) -> dict[int, TrainedLayer]:
+    layers = decoder_layers(plain)
+    if method == "merged":
+        positions: Sequence[int] = [merged.plan.position(group) for group in merged.plan.groups]
+    else:
+        positions = range(merged.first_merged, len(layers))
+    make = ScaledLayer if method == "scales" else FreeLayer
+    with torch.inference_mode(False), torch.no_grad():
+        return {position: make(layers[position]) for position in positions}
+
+
+def _suffix(
+    plain: PreTrainedModel, start: int, trained: dict[int, TrainedLayer]
+) -> PreTrainedModel:
+    layers = list(decoder_layers(plain))
+    mixed = [trained.get(i, layer) for i, layer in enumerate(layers)]
+    whole = with_layers(plain, mixed, range(len(layers)))
+    return span(whole, start, num_layers(plain), final_norm=True)
+
+
+def _train(
+    source: PreTrainedModel,
+    suffix: PreTrainedModel,
+    cache: StateCache,
+    block_N: Tensor,
+    parameters: list[nn.Parameter],
+    config: HealConfig,
+    seed: int,
+) -> None:
+    adam = torch.optim.Adam(parameters, lr=config.lr, betas=(0.9, 0.95))
+    steps = _batches(block_N, cache.prefix_BTD.shape[1], config, seed)
+    for step, (chosen_B, place_P) in enumerate(
+        track(steps, f"healing ({config.method})", total=config.num_steps)
+    ):
+        for group in adam.param_groups:
+            group["lr"] = config.lr * _schedule(step, config.num_steps)
+        with torch.enable_grad():
+            loss = _kl(source, suffix, cache, chosen_B, place_P)
+            adam.zero_grad()
+            loss.backward()
+        if not loss.isfinite():
+            raise ValueError(
+                f"the loss of healing must be finite, got {float(loss)} in step {step}. "
+                "Lower `repair.heal.lr`."
+            )
+        adam.step()
+
+
+def _schedule(step: int, num_steps: int) -> float:
+    """Return the share of the learning rate: a linear rise, then a cosine down to a twentieth."""
+    rise = min(1.0, (step + 1) / WARMUP)
+    return rise * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / num_steps)))
+
+
+def _batches(
+    block_N: Tensor, length: int, config: HealConfig, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield blocks and positions of each step; every block comes once before any comes again."""
+    generator = torch.Generator().manual_seed(seed)
+    queue = torch.empty(0, dtype=torch.long)
+    for _ in range(config.num_steps):
+        while len(queue) < config.batch_size:
+            order_N = torch.randperm(len(block_N), generator=generator)
+            queue = torch.cat([queue, block_N[order_N]])
+        chosen_B, queue = queue[: config.batch_size], queue[config.batch_size :]
+        place_P = torch.randperm(length, generator=generator)[: config.num_positions]
+        yield chosen_B, place_P.sort().values
+
+
+def _kl(
+    source: PreTrainedModel,
+    suffix: PreTrainedModel,
+    cache: StateCache,
+    chosen_B: Tensor,
+    place_P: Tensor,
+) -> Tensor:
+    device = source.device
+    states_BTD = run_span(suffix, cache.prefix_BTD[chosen_B].to(device))
+    merged_ND = states_BTD[:, place_P.to(device)].flatten(0, 1)
+    final_ND = cache.final_BTD[chosen_B][:, place_P].to(device).flatten(0, 1)
+    head_VD = head_weight(source)
+    if head_VD is not None:
+        return head_kl(merged_ND, final_ND, head_VD)
+    with torch.no_grad():
+        source_NV = lm_logits(source, final_ND)
+    return exact_kl(source_NV, lm_logits(source, merged_ND))
+
+
+@torch.no_grad()
+def held_kl(
+    source: PreTrainedModel, suffix: PreTrainedModel, cache: StateCache, held_B: Tensor
+) -> float:
+    """Return KL(source || merged) in nats a token over 64 positions of each held-out block."""
+    length = cache.prefix_BTD.shape[1]
+    place_P = torch.linspace(0, length - 1, min(64, length)).long()
+    blocks = held_B.nonzero().flatten().split(4)
+    total = sum(float(_kl(source, suffix, cache, b, place_P)) * len(b) for b in blocks)
+    return total / int(held_B.sum())

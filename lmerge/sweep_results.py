@@ -1,0 +1,87 @@
+"""What a sweep leaves behind: results.json, results.csv, and the table of its trials."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from lmerge.files import provenance, read_json, write_json, write_text
+from lmerge.trials import SweepConfig, Trial, metric_name, sign
+
+SCHEMA = 1
+
+
+def read_history(path: Path, name: str) -> list[float]:
+    """Return the values of a column of Lightning's metrics.csv, without the empty cells."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]  # the last row may be half written
+    rows = [row.get(name) for row in csv.DictReader(whole.splitlines())]
+    return [float(value) for value in rows if value]
+
+
+def read_trials(path: Path, config: SweepConfig) -> list[Trial]:
+    """Return the trials of an earlier call; none where there was none.
+
+    Raises:
+        ValueError: When they belong to another sweep.
+    """
+    if not path.is_file():
+        return []
+    data = read_json(path, schema=SCHEMA)
+    if data.get("sweep") != json.loads(json.dumps(config)):
+        raise ValueError(
+            f"{path} holds the trials of another sweep. Choose another `--run_dir`, or remove it."
+        )
+    return [Trial(**trial) for trial in data["trials"]]
+
+
+def write_results(folder: Path, config: SweepConfig, trials: Sequence[Trial]) -> None:
+    """Write results.json and results.csv."""
+    data = {"sweep": config, "trials": [t.as_dict() for t in trials], "provenance": provenance()}
+    write_json(folder / "results.json", data, schema=SCHEMA)
+    names = sorted({key for trial in trials for key in trial.params})
+    lines = [["trial", "state", "seconds", metric_name(config), *names]]
+    for trial in trials:
+        values = [json.dumps(trial.params.get(name)) for name in names]
+        metric = "" if trial.metric is None else repr(trial.metric)
+        lines.append([str(trial.index), trial.state, f"{trial.seconds:.1f}", metric, *values])
+    write_text(folder / "results.csv", "".join(",".join(map(_cell, line)) + "\n" for line in lines))
+
+
+def _cell(value: str) -> str:
+    return '"' + value.replace('"', '""') + '"' if set(value) & set(',"\n') else value
+
+
+def results_table(config: SweepConfig, trials: Sequence[Trial], count: int, jobs: int) -> Table:
+    """Return the trials, the best first, under a line that says how far the sweep is."""
+    table = Table(title=_progress(trials, count, jobs), title_justify="left")
+    for name in ("trial", metric_name(config), "state", "seconds", "values"):
+        table.add_column(name)
+
+    def rank(trial: Trial) -> float:
+        failed = trial.metric is None or trial.state == "failed"
+        return float("inf") if failed else sign(config) * float(trial.metric or 0)
+
+    for trial in sorted(trials, key=rank)[:20]:
+        metric = "" if trial.metric is None else f"{trial.metric:.6g}"
+        values = ", ".join(f"{key.rpartition('.')[2]} {v}" for key, v in trial.params.items())
+        table.add_row(str(trial.index), metric, trial.state, f"{trial.seconds:.0f}", values)
+    return table
+
+
+def _progress(trials: Sequence[Trial], count: int, jobs: int) -> str:
+    ended = [trial for trial in trials if trial.state != "running"]
+    text = f"{len(ended)} of {count} trials, the best first"
+    left = max(0, count - len(ended))
+    if not ended or not left:
+        return text
+    minutes = left / jobs * sum(trial.seconds for trial in ended) / len(ended) / 60
+    return (
+        f"{text}; at most {minutes:.0f} min left" if minutes >= 1 else f"{text}; under 1 min left"
+    )
