@@ -221,6 +221,9 @@ class CLI(LightningCLI):
             return
         ckpt_path = self._get(self.config, "ckpt_path")
         self.model.gate = self._get(self.config_init, "gate")
+        if self.subcommand == "fit" and self._get(self.config_init, "evaluate_after"):
+            # What the evaluation at the end could not take must not cost a whole fit.
+            self.datamodule.setup("validate")
         self.datamodule.setup(self.subcommand)
         self.model.check(self.subcommand, ckpt_path)
         if self.subcommand == "fit":
