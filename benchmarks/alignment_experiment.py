@@ -67,7 +67,7 @@ ALIGNED: dict[str, Aligner] = {
     "soft": "soft",
 }
 METHODS, LEARNED = ("drop", "naive", *ALIGNED), ("folded", "weights", "activations", "full")
-PAIRS = {f"{i},{i + 1}": ((i, i + 1),) for i in (1, 4, 8, 11, 14, 18, 22, 26)}
+PAIRS = {f"{i},{i + 1}": ((i, i + 1),) for i in (14, 4, 22, 8, 18, 26, 1, 11)}
 REMOVALS: dict[str, tuple[tuple[int, ...], ...]] = {
     "3 (pairs)": ((13, 14), (17, 18), (21, 22)),
     "6 (pairs)": ((13, 14), (15, 16), (17, 18), (19, 20), (21, 22), (25, 26)),
@@ -278,11 +278,13 @@ def main() -> None:
     parser.add_argument("--calibration_tokens", type=int, default=8192)
     parser.add_argument("--num_steps", type=int, default=80, help="of the learned alphas")
     parser.add_argument("--only", nargs="+", help="plans by name, such as 14,15; default all")
+    parser.add_argument("--alphas", nargs="+", default=["average", "learned"])
     parser.add_argument("--minutes", type=float, default=1e9, help="start no plan after so many")
     args = parser.parse_args()
     logging.getLogger("lmerge").setLevel(logging.WARNING)
     start, done = time.monotonic(), done_cells(args.out)
-    cells = [c for c in all_cells() if c not in done and c.plan in (args.only or {c.plan})]
+    wanted = [c for c in all_cells() if c.alphas in args.alphas and c not in done]
+    cells = [c for c in wanted if c.plan in (args.only or {c.plan})]
     setting = make_setting(args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     states, plan, name = None, None, None

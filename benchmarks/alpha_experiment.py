@@ -3,12 +3,12 @@
     python benchmarks/alpha_experiment.py --questions ../shared/data/mmlu --minutes 8   (repeat)
     python benchmarks/alpha_experiment.py --report
 
-All methods of a budget share one plan (the block of least KL after a refit), neurons aligned by
-weights, and calibration blocks (MMLU val questions and bundled prose, split val). Gradients train
-on them; the learning rate and the Bayesian search are chosen by KL on held-out ones, and
-nothing is chosen by what is reported: loss and KL on bundled prose of split test, and MMLU test
-questions, zero-shot. Every alpha is measured as it is, and after the closed-form refit of the down
-projection. Each finished cell is a line of cells.jsonl; a second call goes on.
+All methods of a budget share one plan (`--plan`), neurons aligned by weights, and calibration
+blocks (MMLU val questions and bundled prose, split val). Gradients train on them; plan and Bayesian
+search look at those that are held out too, and nothing is chosen by what is reported: loss and KL
+on bundled prose of split test, and MMLU test questions, zero-shot. Alphas are measured as they are,
+and most of them after the closed-form refit of the down projection too. Each finished cell is a
+line of cells.jsonl; a second call goes on.
 """
 
 from __future__ import annotations
@@ -37,10 +37,9 @@ from lmerge.trials import Trial, propose_wandb
 BUDGETS = (3, 6, 10)
 FIXED = (0.4, 0.5, 0.6, 0.7)
 GRADIENT: tuple[Granularity, ...] = ("layer", "tensor", "head", "neuron")
-RATES = (0.01, 0.03)
-"""Learning rates, tried at the first budget; the better one on held-out blocks is used after."""
-STEPS, POSITIONS, TRIALS = 24, 128, 15
-"""Steps of one block, the positions of it that the loss looks at, and trials of the search."""
+RATE, STEPS, POSITIONS, TRIALS = 0.03, 20, 64, 15
+"""Adam's learning rate (not tuned), its steps of one block, the positions of it that the loss looks
+at, and the trials of the search."""
 METHODS = (
     *("anchor", "mka", "gradient neuron", "gradient layer", "bayes layer", "similarity"),
     *(f"fixed {value}" for value in FIXED),
@@ -72,36 +71,24 @@ def choose(budget: Budget, method: str) -> Chosen:
     number = float(value) if value else 0.5
     config = AlphaConfig(granularity="layer", start=kind, value=number)  # type: ignore[arg-type]
     merged = budget.model(config)
-    return Chosen(merged, time.perf_counter() - start, {"held_kl": budget.held_kl(merged)})
+    return Chosen(merged, time.perf_counter() - start, {})
 
 
 def learn(budget: Budget, granularity: Granularity) -> Chosen:
-    """Train alphas from the anchor with Adam, at the rate that is best on held-out blocks."""
-    path = budget.shared.folder / f"rate-{granularity}.json"
-    rates = [json.loads(path.read_text())] if path.is_file() else RATES
-    tried = {rate: train(budget, granularity, rate) for rate in rates}
-    best = min(tried, key=lambda rate: tried[rate].notes["held_kl"])
-    path.write_text(json.dumps(best))
-    others = {str(rate): chosen.notes["held_kl"] for rate, chosen in tried.items()}
-    return tried[best]._replace(notes={**tried[best].notes, "rate": best, "rates": others})
-
-
-def train(budget: Budget, granularity: Granularity, rate: float) -> Chosen:
-    """Train alphas at one learning rate."""
+    """Train alphas from the anchor with Adam."""
     start = time.perf_counter()
     trained = (~budget.shared.data.held_out()).nonzero().flatten()
     merged = budget.model(AlphaConfig(granularity=granularity, start="anchor"))
     objective = Objective(
         budget.shared.source, merged, budget.calibration, LossConfig(), num_positions=POSITIONS
     )
-    optimizer = torch.optim.Adam(merged.alpha_parameters().values(), lr=rate)
+    optimizer = torch.optim.Adam(merged.alpha_parameters().values(), lr=RATE)
     order = torch.randperm(len(trained), generator=torch.Generator().manual_seed(0))
-    for step in track(range(STEPS), f"{granularity} {rate}", total=STEPS):
+    for step in track(range(STEPS), granularity, total=STEPS):
         optimizer.zero_grad()
         objective(trained[order[step % len(order)]][None], step)["loss"].backward()
         optimizer.step()
-    seconds = time.perf_counter() - start
-    return Chosen(merged, seconds, {"held_kl": budget.held_kl(merged)})
+    return Chosen(merged, time.perf_counter() - start, {})
 
 
 def search(budget: Budget, start: float) -> Chosen:
@@ -212,6 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--questions", default="bank", help="as `data.questions` of a fit")
     parser.add_argument("--source", default="smollm2-135m", help="as `model.source` of a fit")
+    parser.add_argument("--plan", choices=("block_repaired", "block"), default="block_repaired")
     parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS))
     parser.add_argument("--folder", type=Path, default=Path("runs/alpha_experiment"))
     parser.add_argument("--minutes", type=float, default=1e9, help="start no cell after these")
@@ -225,8 +213,9 @@ def main() -> None:
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     done = {(line["kind"], line["removed"], line["method"]) for line in lines}
     todo = [name for name in cell_names(args.budgets) if name not in done]
-    shared, start = Shared(args.folder, args.source, args.questions), time.perf_counter()
+    shared, start = Shared(args.folder, args.source, args.questions, args.plan), time.perf_counter()
     budgets = {n: Budget(shared, n) for n in args.budgets}
+    shared.prepare(sorted({b.plan.groups[0].start for b in budgets.values()}))
     for number, name in enumerate(todo):
         passed = (time.perf_counter() - start) / 60
         if passed > args.minutes:

@@ -82,9 +82,10 @@ def assign(
     else:
         sketch = similarity
         column, price, margin = _start(sketch, num_candidates)
-        # Exact values are dear, so they wait until the rough ones have done their part.
-        rough = _as_sketch(sketch.rough_FF)
-        *_found, column, price = _improve(rough, column, price, margin, max_rounds, gap, margin)
+        if price.any():
+            # Exact values are dear, so they wait until the rough ones have done their part.
+            rough = _as_sketch(sketch.rough_FF)
+            *_found, column, price = _improve(rough, column, price, margin, max_rounds, gap, margin)
     column, lower, upper, *_last = _improve(sketch, column, price, margin, max_rounds, gap)
     return Assignment(torch.from_numpy(column).long(), lower, max(0.0, upper - lower))
 

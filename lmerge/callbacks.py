@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmerge.alignment import HungarianAlignment
 from lmerge.alpha_files import write_alphas
@@ -27,7 +29,7 @@ from lmerge.figures import (
 )
 from lmerge.files import provenance, write_json
 from lmerge.gate import check_gate, gate_notes, gate_rows
-from lmerge.generation import PROMPTS, generation_sanity
+from lmerge.generation import NUM_TOKENS, PROMPTS, generation_sanity, greedy
 from lmerge.heal import HealConfig, heal
 from lmerge.module import AlphaModule
 from lmerge.progress import track
@@ -200,11 +202,10 @@ def finish_evaluation(trainer: Trainer, module: AlphaModule, stage: str) -> None
         _measure_alone(module)
     module.checks = check_gate(module.results, module.gate)
     module.results["gate"] = [check._asdict() for check in module.checks]
-    write_metrics(
-        module.run_dir,
-        stage,
-        {"source": module.source_name, "fingerprints": data.fingerprints, **module.results},
-    )
+    read: dict[str, Any] = {"fingerprints": data.fingerprints, "settings": data.settings}
+    read["source_fingerprint"] = module.merged.plan.source
+    read["seeds"] = {"alphas": module.seed, "data": data.seed}
+    write_metrics(module.run_dir, stage, {"source": module.source_name, **read, **module.results})
     if module.journal is not None:
         module.journal.remove()
     rows = table_rows(module.results) + gate_rows(module.checks)
@@ -224,11 +225,17 @@ def _measure_alone(module: AlphaModule) -> None:
     """Measure what needs the models but no data: costs, and whether they write sensibly."""
     models = {"source": module.source, "merged": module.merged.plain()}
     module.results["cost"] = measure_costs(models)
-    prompts = [torch.tensor(ids) for ids in encode(module.data().tokenizer, PROMPTS)]
     module.results["generation"] = {
-        name: generation_sanity(model, prompts)
+        name: write_on(model, module.data().tokenizer)
         for name, model in track(models.items(), "generation", total=2)
     }
+
+
+def write_on(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
+    """Return what a model writes after each of the prompts, and how much it repeats itself."""
+    texts = greedy(model, [torch.tensor(ids) for ids in encode(tokenizer, PROMPTS)], NUM_TOKENS)
+    written = {prompt: tokenizer.decode(ids) for prompt, ids in zip(PROMPTS, texts, strict=True)}
+    return {**generation_sanity(texts), "texts": written}
 
 
 def card(module: AlphaModule, rows: list[Row]) -> str:
@@ -241,7 +248,7 @@ def card(module: AlphaModule, rows: list[Row]) -> str:
         groups=[list(group.members) for group in plan.groups],
         table=rows,
         command=None,
-        provenance=provenance(),
+        provenance={**provenance(), "plan": plan.method, "source_fingerprint": plan.source or None},
         notes=gate_notes(module.checks),
     )
 

@@ -39,7 +39,7 @@ def diff(run_a: Path, run_b: Path, stage: Stage | None = None) -> None:
     for row in compare_runs(a, b):
         table.add_row(*map(escape, row))
     Console().print(table)
-    for line in left_out(a, b):
+    for line in [*left_out(a, b), *other_settings(a, b)]:
         Console().print(escape(line))
 
 
@@ -93,6 +93,16 @@ def left_out(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
             if names:
                 lines.append(f"Not compared, since only {run} has it: {kind} {', '.join(names)}.")
     return lines
+
+
+def other_settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """Return a line for each option of the evaluation that differs, such as `num_shots`."""
+    before, after = (run.get("settings", {}) for run in (a, b))
+    return [
+        f"Not the same `data.{name}`: {before[name]} in A, {after[name]} in B."
+        for name in before
+        if name in after and before[name] != after[name]
+    ]
 
 
 def _check_same(a: Mapping[str, Any], b: Mapping[str, Any], key: str, what: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
@@ -112,15 +113,16 @@ def transfer_figure(
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     low = min(float(values.min()) for _, _, values, _ in panels.values())
     high = max(float(values.max()) for _, _, values, _ in panels.values())
+    # One ruined model must not make all others look alike.
+    norm = LogNorm(low, high) if low > 0 and high > 5 * low else Normalize(low, high)
     for axis, (title, (plans, domains, value_PB, texts)) in zip(axes, panels.items(), strict=False):
-        image = axis.imshow(value_PB.numpy(), vmin=low, vmax=high, cmap="viridis", aspect="auto")
-        axis.set(title=title, xlabel="measured on", ylabel="plan made on")
+        image = axis.imshow(value_PB.numpy(), norm=norm, cmap="viridis", aspect="auto")
+        axis.set(title=title, xlabel="measured on", ylabel="plan made on (block)")
         axis.set_xticks(range(len(domains)), domains, rotation=20)
         axis.set_yticks(range(len(plans)), plans)
         for i, line in enumerate(texts):
             for j, text in enumerate(line):
-                dark = float(value_PB[i, j]) < (low + high) / 2
-                colour = "white" if dark else "black"
+                colour = "white" if norm(float(value_PB[i, j])) < 0.5 else "black"
                 axis.text(j, i, text, ha="center", va="center", color=colour, fontsize=8)
     for axis in axes[len(panels) :]:
         axis.remove()

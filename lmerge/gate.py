@@ -19,18 +19,18 @@ class GateConfig:
     max_ppl_ratio: float | None = 3.0
     """Perplexity of the merged model over the source's, on each text; at least 1."""
     min_accuracy_ratio: float | None = 0.8
-    """Upper end of the merged model's 95% interval over the source's accuracy, for each scoring; in
-    [0, 1]."""
+    """Upper end of the merged model's 95% interval over the source's accuracy, for each scoring and
+    for last words; in [0, 1]."""
     max_kl: float | None = 1.0
     """KL from the source on each text, in nats a token; above 0."""
     min_distinct: float | None = 0.1
     """Distinct bigrams over bigrams of the greedy continuations; in [0, 1]."""
-    max_loops: float | None = 0.9
-    """Share of continuations that end in a repeated phrase, beyond the source's; in [0, 1]."""
+    max_repetition: float | None = 0.3
+    """Share of repeated 4-grams in the greedy continuations, beyond the source's; in [0, 1]."""
 
     def __post_init__(self) -> None:
         limits = {"max_ppl_ratio": (1.0, None), "max_kl": (0.0, None)}
-        shares = ("min_accuracy_ratio", "min_distinct", "max_loops")
+        shares = ("min_accuracy_ratio", "min_distinct", "max_repetition")
         for name, (low, high) in {**limits, **dict.fromkeys(shares, (0.0, 1.0))}.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= (high or float("inf")):
@@ -52,7 +52,8 @@ def check_gate(results: Mapping[str, Any], config: GateConfig) -> list[Check]:
     """Return every check that applies to the results of one evaluation.
 
     Args:
-        results: `text`, `choices` and, where known, `generation` as in metrics.json.
+        results: `text`, `choices` and, where known, `last_word` and `generation`, as in
+            metrics.json.
         config: The limits.
     """
     checks: list[Check] = []
@@ -60,18 +61,22 @@ def check_gate(results: Mapping[str, Any], config: GateConfig) -> list[Check]:
         ratio = both["merged"]["ppl"] / both["source"]["ppl"]
         checks += _at_most(f"perplexity ratio on {name} text", ratio, config.max_ppl_ratio)
         checks += _at_most(f"KL on {name} text", both["merged"]["kl"], config.max_kl)
-    for scoring, both in results["choices"].items():
+    rates = {
+        scoring: (both["source"]["micro"], both["merged"]["micro"])
+        for scoring, both in results["choices"].items()
+    }
+    for name, both in results.get("last_word", {}).items():
+        rates[f"last word, {name}"] = both["source"], both["merged"]
+    for name, (source, merged) in rates.items():
         # The upper end of the interval: on few questions a loss may be chance.
-        source, merged = both["source"]["micro"]["accuracy"], both["merged"]["micro"]["high"]
-        ratio = merged / source if source > 0 else 1.0
-        name = f"accuracy ratio (upper end), {scoring}"
-        checks += _at_least(name, ratio, config.min_accuracy_ratio)
+        ratio = merged["high"] / source["accuracy"] if source["accuracy"] > 0 else 1.0
+        checks += _at_least(f"accuracy ratio (upper end), {name}", ratio, config.min_accuracy_ratio)
     generation = results.get("generation")
     if generation:
         source, merged = generation["source"], generation["merged"]
         checks += _at_least("distinct bigrams", merged["distinct"], config.min_distinct)
-        excess = merged["loops"] - source["loops"]
-        checks += _at_most("endless repetition beyond the source", excess, config.max_loops)
+        excess = merged["repetition"] - source["repetition"]
+        checks += _at_most("repetition beyond the source's", excess, config.max_repetition)
     return checks
 
 

@@ -18,6 +18,9 @@ PROMPTS = (
 )
 """Starts of the greedy continuations; nothing is chosen on them."""
 
+NUM_TOKENS = 48
+"""Tokens of each continuation; an end-of-text token does not stop it."""
+
 
 @torch.no_grad()
 def decode(
@@ -57,26 +60,23 @@ def greedy(model: PreTrainedModel, prompts: Sequence[Tensor], num_tokens: int) -
     return texts
 
 
-def generation_sanity(
-    model: PreTrainedModel, prompts: Sequence[Tensor], *, num_tokens: int = 48
-) -> dict[str, float]:
-    """Return `distinct` (distinct-2) and `loops` of greedy continuations.
+def generation_sanity(texts: Sequence[Sequence[int]]) -> dict[str, float]:
+    """Return what shows that a model repeats itself.
 
     Args:
-        model: A causal language model in eval mode.
-        prompts: Token ids (T,) of each prompt.
-        num_tokens: Tokens to generate for each; an end-of-text token does not stop it.
+        texts: Token ids of greedy continuations, at least five tokens each.
+
+    Returns:
+        `distinct`, the share of distinct bigrams in all texts together (distinct-2,
+        arXiv:1510.03055), and `repetition`, the mean share of a text's 4-grams that stand earlier
+        in it (seq-rep-4, arXiv:1908.04319, eq. 7).
     """
-    texts = greedy(model, prompts, num_tokens)
     bigrams = [pair for text in texts for pair in pairwise(text)]
-    loops = sum(ends_in_loop(text) for text in texts) / len(texts)
-    return {"distinct": len(set(bigrams)) / len(bigrams), "loops": loops}
+    repetition = sum(repeated_share(text) for text in texts) / len(texts)
+    return {"distinct": len(set(bigrams)) / len(bigrams), "repetition": repetition}
 
 
-def ends_in_loop(text: Sequence[int], *, max_period: int = 8, num_repeats: int = 3) -> bool:
-    """Return whether a text ends in a phrase of at most `max_period` tokens, said over and over."""
-    for period in range(1, min(max_period, len(text) // num_repeats) + 1):
-        tail = list(text[-period * num_repeats :])
-        if tail == tail[:period] * num_repeats:
-            return True
-    return False
+def repeated_share(text: Sequence[int], *, size: int = 4) -> float:
+    """Return the share of a text's n-grams that stand earlier in it; 0 to almost 1."""
+    grams = list(zip(*(text[i:] for i in range(size)), strict=False))
+    return 1 - len(set(grams)) / len(grams)

@@ -47,8 +47,11 @@ def joint_orders(
     while True:
         for i in members:
             if i != anchor:
-                others = [similarity(j, i)[orders[j]] for j in members if j != i]
-                orders[i] = assign(torch.stack(others).sum(dim=0)).order_F
+                others = [j for j in members if j != i]
+                summed_FF = similarity(others[0], i)[orders[others[0]]]
+                for j in others[1:]:
+                    summed_FF += similarity(j, i)[orders[j]]
+                orders[i] = assign(summed_FF).order_F
         totals.append(_total(similarity, orders))
         if totals[-1] <= totals[-2] + 1e-6 * abs(totals[-2]):
             return orders, totals

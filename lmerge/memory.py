@@ -21,6 +21,9 @@ Setup = Literal["cpu", "gpu", "ddp", "fsdp2"]
 SETUPS: tuple[Setup, ...] = ("cpu", "gpu", "ddp", "fsdp2")
 
 FLOAT, DOUBLE = 4, 8
+OTHER = 150 * 2**20
+"""What a process without a GPU takes beside tensors and beyond its imports: libraries that load
+late, texts, buffers of the matrix products; measured."""
 STATES_BATCH = 4
 """Blocks in a pass that computes states, in the cache and in the repair."""
 SEARCH_TOKENS = 6144 + 1024
@@ -121,15 +124,18 @@ def expected_bytes(sizes: Sizes, job: Job, setup: Setup, num_processes: int = 8)
         "activations": _activations(sizes, job),
         "logits": _train_logits(sizes, job),
         "states of the source": states if setup == "cpu" else 0,
+        "other": OTHER if setup == "cpu" else 0,
     }
     kept = weights + members + parts["layers put together"] + parts["states of the source"]
-    kept += parts["alphas, gradients, optimiser"]
+    kept += parts["alphas, gradients, optimiser"] + parts["other"]
     whole = sizes.ends * job.itemsize + sizes.num_layers * layer
     merged = whole - (sum(job.group_sizes) - len(job.group_sizes)) * layer
     # Split layers are planned, repaired and exported by other commands on one process.
     alone = split == 1
     peaks = {
-        "plan": weights + _search(sizes, job, setup) if job.searches and alone else 0,
+        "plan": weights + parts["other"] + _search(sizes, job, setup)
+        if job.searches and alone
+        else 0,
         "training": sum(parts.values()),
         "repair": kept + _repair(sizes, job) if job.repairs and alone else 0,
         "evaluation": kept + len(job.group_sizes) * layer + _evaluation(sizes, job),

@@ -11,14 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lmerge.activations import Pooling, layer_states
-from lmerge.align import move
 from lmerge.alpha_files import load_alphas, plan_of_alphas
 from lmerge.alphas import AlphaConfig, Alphas, spread, to_free
 from lmerge.checkpoints import read_checkpoint
 from lmerge.data.module import MMLUDataModule
-from lmerge.files import one_line
 from lmerge.information import InformationConfig
-from lmerge.llama import decoder_layers, head_dim, layer_tensors, num_layers
+from lmerge.llama import MATRICES, decoder_layers, head_dim, head_spec, layer_tensors, num_layers
+from lmerge.merged import check_motion
 from lmerge.plan import PLAN_METHODS, MergePlan, PlanMethod, check_plan, make_plan
 from lmerge.runs import RunState, read_plan, read_run, with_refits_of
 from lmerge.search import Candidate, SearchMethod, search_plan
@@ -62,24 +61,16 @@ def check_fits(state: RunState, source: PreTrainedModel) -> None:
     layers = decoder_layers(source)
     for index, motion in state.orders.items():
         layer = layer_tensors(layers[index])
-        try:
-            moved = {name: tensor.shape for name, tensor in move(layer, motion).items()}
-        except (RuntimeError, IndexError) as error:
-            raise ValueError(_misfit(f"the order of layer {index}", one_line(error))) from error
-        if moved != {name: tensor.shape for name, tensor in layer.items()}:
-            raise ValueError(_misfit(f"the order of layer {index}", "other widths"))
+        shapes = {name: tuple(layer[name].shape) for name in MATRICES}
+        check_motion(index, motion, shapes, head_spec(source.config))
     for group, refits in zip(state.plan.groups, state.refits or (), strict=bool(state.refits)):
         layer = layer_tensors(layers[group.anchor])
         for name, weight in refits.items():
             if weight.shape != layer[name].shape:
-                found = f"{list(weight.shape)} instead of {list(layer[name].shape)}"
-                raise ValueError(_misfit(f"the refit of {name}", found))
-
-
-def _misfit(what: str, found: str) -> str:
-    return (
-        f"{what} must fit the source's layers, got {found}. Use the files of a run on this source."
-    )
+                raise ValueError(
+                    f"the refit of {name} must have the shape {list(layer[name].shape)} of the "
+                    f"source, got {list(weight.shape)}. Use the files of a run on this source."
+                )
 
 
 def alphas_of_file(

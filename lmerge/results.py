@@ -19,6 +19,9 @@ Row = tuple[str, str, str]
 
 SCORING_NAMES = {"letter": "letters", "cloze": "answer texts"}
 
+SHOWN = 48
+"""Characters of a continuation that the table shows."""
+
 
 def write_metrics(run_dir: Path, stage: str, results: Mapping[str, Any]) -> None:
     """Put the results of a stage into metrics.json; other stages' results stay.
@@ -68,6 +71,8 @@ def table_rows(results: Mapping[str, Any]) -> list[Row]:
         rows.append(_row(f"perplexity of the last word, {name}", both, ppl))
     for name, both in results["text"].items():
         rows += _text_rows(name, both)
+    if "generation" in results:
+        rows += _generation_rows(results["generation"])
     return rows
 
 
@@ -108,6 +113,15 @@ def _text_rows(name: str, both: Mapping[str, Any]) -> list[Row]:
         share = f"{100 * both['merged']['agreement']:.1f}%"
         rows.append((f"same top token on {name} text", "100%", share))
     return rows
+
+
+def _generation_rows(both: Mapping[str, Any]) -> list[Row]:
+    prompt = next(iter(both["source"]["texts"]))
+    return [
+        _row("distinct bigrams, written greedily", both, lambda one: f"{one['distinct']:.2f}"),
+        _row("repeated 4-grams, written greedily", both, lambda one: f"{one['repetition']:.2f}"),
+        _row(f"{prompt} ...", both, lambda one: shorten(one["texts"][prompt], SHOWN)),
+    ]
 
 
 def group_tables(results: Mapping[str, Any]) -> dict[str, list[Row]]:
@@ -170,6 +184,12 @@ def _ppl(value: float) -> str:
 def bits(scores: Mapping[str, float]) -> str:
     """Return bits per byte."""
     return f"{scores['bits_per_byte']:.3f}"
+
+
+def shorten(text: str, width: int) -> str:
+    """Return the start of a text on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else f"{line[: width - 3]}..."
 
 
 def size(num_bytes: float) -> str:

@@ -18,7 +18,7 @@ from lmerge.neurons import neuron_rows, neuron_similarity
 
 SMALLEST = 4096
 """Neurons from which on a sketch saves time."""
-BLOCK = 256
+BLOCK = 128
 """Rows that are worked on together."""
 CHUNK = 256
 """Pairs whose exact similarity is formed together; their rows fit the cache."""
@@ -62,14 +62,18 @@ def neuron_sketch(anchor: LayerTensors, member: LayerTensors) -> Sketch:
     codes = [_all_codes(pairs[name][1]) for name in NAMES]
     size = len(anchor["gate_proj"])
     rough_FF = torch.empty(size, size, dtype=torch.float16)
+    # Memory that every block takes over: fresh memory would take as long as the sums.
+    whole_BF = torch.empty(BLOCK, size, dtype=torch.int32)
+    left_BF, right_BF = torch.empty(BLOCK, size), torch.empty(BLOCK, size)
     for start in range(0, size, BLOCK):
-        rows = slice(start, start + BLOCK)
+        rows = slice(start, min(start + BLOCK, size))
         gate, up, down = (_codes(pairs[name][0], rows) for name in NAMES)
-        gate2, up2, down2 = codes
-        product_BF = _products(up, up2).float().mul_(_products(down, down2))
-        product_BF.mul_(up2.step_B * down2.step_B).mul_((up.step_B * down.step_B)[:, None])
-        gate_BF = (_products(gate, gate2) * gate2.step_B).mul_(gate.step_B[:, None])
-        rough_FF[rows] = gate_BF.add_(product_BF)
+        whole, left, right = (x[: len(gate.step_B)] for x in (whole_BF, left_BF, right_BF))
+        left.copy_(_products(up, codes[1], whole))
+        left.mul_(right.copy_(_products(down, codes[2], whole)))
+        left.mul_(codes[1].step_B * codes[2].step_B).mul_((up.step_B * down.step_B)[:, None])
+        right.copy_(_products(gate, codes[0], whole)).mul_(codes[0].step_B)
+        rough_FF[rows] = left.addcmul_(right, gate.step_B[:, None])
     return Sketch(rough_FF, lambda row_E, col_E: exact_similarity(pairs, row_E, col_E))
 
 
@@ -105,9 +109,9 @@ def _all_codes(rows: Rows) -> Codes:
     return Codes(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def _products(left: Codes, right: Codes) -> Tensor:
-    """Return the inner products of the codes, int32."""
-    return torch._int_mm(left.code_BD, right.code_BD.T)
+def _products(left: Codes, right: Codes, out: Tensor) -> Tensor:
+    """Return the inner products of the codes, int32, in given memory."""
+    return torch._int_mm(left.code_BD, right.code_BD.T, out=out)
 
 
 def _cosine(anchor: Rows, member: Rows, row_E: Tensor, col_E: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from lmerge.cli import main
-from lmerge.diff import compare_runs, left_out
+from lmerge.diff import compare_runs, left_out, other_settings
 from lmerge.statistics import mcnemar_exact
 
 
@@ -68,6 +68,11 @@ def test_what_only_one_run_has_is_named() -> None:
     more = run([0], [1.0, 1.0])
     more["text"]["es"] = more["text"]["en"]
     assert left_out(more, run([0], [1.0, 1.0])) == ["Not compared, since only A has it: text es."]
+
+
+def test_other_options_of_the_evaluation_are_named() -> None:
+    a, b = ({"settings": {"num_shots": n, "stride": None}} for n in (0, 5))
+    assert other_settings(a, b) == ["Not the same `data.num_shots`: 0 in A, 5 in B."]
 
 
 def write(folder: Path, **stages: dict[str, Any]) -> Path:

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "lmerge"
 ORDER = (
     "files",
     "folders",
+    "yaml_files",
     "progress",
     "llama",
     "checkpoint",
@@ -21,9 +22,9 @@ ORDER = (
     "data.rows",
     "data.tokens",
     "data.text",
-    "data.words",
     "data.questions",
     "data.prompts",
+    "data.words",
     "data.stage",
     "data.batching",
     "data.module",

@@ -21,7 +21,7 @@ from lmerge.plan import Group, MergePlan
 ROOT = Path(__file__).parents[1]
 SHAPES = ROOT / "configs" / "shapes"
 JOB = Job(itemsize=2, group_sizes=(9,), first_merged=16)
-PARTS = 8
+PARTS = 9
 """Rows of the table that are parts of the training peak; the others are peaks."""
 
 

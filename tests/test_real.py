@@ -51,6 +51,12 @@ def test_demo_costs_at_most_a_fifth_of_a_nat_on_english_prose(demo_dir: Path) ->
     assert 0 < text["merged"]["loss"] - text["source"]["loss"] <= 0.20
 
 
+def test_demo_passes_the_default_gate(demo_dir: Path) -> None:
+    gate = json.loads((demo_dir / "metrics.json").read_text())["validate"]["gate"]
+    assert len(gate) >= 5
+    assert [check["name"] for check in gate if not check["passed"]] == []
+
+
 def test_demo_removes_three_layers_and_exports_a_model_that_writes(demo_dir: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(demo_dir / "model")
     tokenizer = AutoTokenizer.from_pretrained(demo_dir / "model")

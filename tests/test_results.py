@@ -102,10 +102,7 @@ def test_a_table_has_costs_then_choices_then_texts() -> None:
         "difference, letters",
         "calibration error, letters",
         "chosen A/B/C/D, letters",
-        "  where A is right",
-        "  where B is right",
-        "  where C is right",
-        "  where D is right",
+        *(f"  where {letter} is right" for letter in "ABCD"),
         "accuracy, answer texts",
         "mean over 2 subjects, answer texts",
         "difference, answer texts",
@@ -119,12 +116,17 @@ def test_a_table_has_costs_then_choices_then_texts() -> None:
 
 def measured() -> dict[str, Any]:
     """Results with all that an evaluation measures."""
+    paired = {key: CHOICES[key] for key in ("difference", "mcnemar")}
     words = {**RATE, "ppl": 20.0, "ppl_low": 10.0, "ppl_high": 40.0}
     scores = {**SCORES, "ppl_low": 27.0, "ppl_high": 36.0, "bits_per_byte": 1.2345}
     return {
         "choices": {"letter": CHOICES},
-        "last_word": {"mine": {**CHOICES, "source": words, "merged": words}},
+        "last_word": {"mine": {"source": words, "merged": words, **paired}},
         "text": {"en": {"source": scores, "merged": {**scores, "agreement": 0.5}}},
+        "generation": {
+            "source": {"distinct": 0.9, "repetition": 0.1, "texts": {"Water": " boils\nat"}},
+            "merged": {"distinct": 0.1, "repetition": 0.9, "texts": {"Water": " water" * 9}},
+        },
     }
 
 
@@ -138,6 +140,9 @@ def measured() -> dict[str, Any]:
         ("perplexity on en text", ("31.22 [27.00, 36.00]",) * 2),
         ("bits per byte on en text", ("1.234", "1.234")),
         ("same top token on en text", ("100%", "50.0%")),
+        ("distinct bigrams, written greedily", ("0.90", "0.10")),
+        ("repeated 4-grams, written greedily", ("0.10", "0.90")),
+        ("Water ...", ("boils at", "water water water water water water water wat...")),
     ],
 )
 def test_a_table_shows_what_was_measured(name: str, cells: tuple[str, str]) -> None:

@@ -193,6 +193,12 @@ class MMLUDataModule(LightningDataModule):
         return self._require().fingerprints()
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """Options that decide how questions and texts are measured."""
+        names = ("scorings", "num_shots", "max_questions", "block_size", "stride")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Tokenizer of the source."""
         self._require()

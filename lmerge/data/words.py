@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from lmerge.data.prompts import cut_rows
 from lmerge.data.records import IGNORE, WordBatch
 from lmerge.data.rows import show
 from lmerge.data.text import documents, file_names
@@ -80,7 +81,7 @@ def word_batches(
     if num_cut:
         logger.info("%s: %d texts were cut to their last %d tokens", name, num_cut, max_length)
     batches = []
-    for part in _parts([len(token_T) for token_T, _ in rows], max_tokens):
+    for part in cut_rows([len(token_T) for token_T, _ in rows], max_tokens):
         token_BT = pad_sequence([rows[i][0] for i in part], batch_first=True)
         target_BT = pad_sequence([rows[i][1] for i in part], batch_first=True, padding_value=IGNORE)
         index_B = torch.tensor(part)
@@ -98,13 +99,3 @@ def _row(head: list[int], whole: list[int], max_length: int) -> tuple[Tensor, Te
     target_T = torch.tensor(whole[1:])
     target_T[: start - 1] = IGNORE
     return token_T[-max_length:], target_T[-max_length:]
-
-
-def _parts(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Return positions of rows, shortest rows first, with at most `max_tokens` when padded."""
-    parts: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if not parts or (len(parts[-1]) + 1) * lengths[i] > max_tokens:
-            parts.append([])
-        parts[-1].append(i)
-    return parts
