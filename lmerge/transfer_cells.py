@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from lmerge.files import read_json, write_json
 from lmerge.information import InformationConfig
 from lmerge.plan import Group
 from lmerge.progress import track
-from lmerge.search import SEARCHES, SearchMethod, repaired_blocks_of, search_part, search_plan
-from lmerge.similarity import Measure
+from lmerge.search import SEARCHES, repaired_blocks_of, search_part, search_plan
+from lmerge.similarity import MEASURES
 from lmerge.transfer import (
     MIXED,
     Groups,
@@ -106,12 +106,12 @@ class Study:
             found = repaired_blocks_of(self.source, part_BT, held_B, numbers)
             yield from ((n, candidates[0].groups) for n, candidates in found.items())
             return
+        method = next((row for row in SEARCHES if row == rule), None)
+        measure = next((row for row in MEASURES if row == rule), None)
         for n in numbers:
-            if rule in SEARCHES:
-                method = cast(SearchMethod, rule)
+            if method is not None:
                 yield n, search_plan(self.source, blocks_BT, self.held_B, n, method)[0].groups
-            else:
-                measure = cast(Measure, rule)
+            if measure is not None:
                 yield n, similar_groups(self._layer_states(name), measure, n, self.information)
 
     def _layer_states(self, name: str) -> Tensor:
@@ -153,5 +153,5 @@ class Study:
             self.models[groups, text] = read_json(path, schema=SCHEMA)
 
     def _path(self, *parts: Any) -> Path:
-        name = "-".join(str(part).replace("/", "-") for part in parts)
+        name = "-".join(str(part).replace("/", "-").replace(" ", "_") for part in parts)
         return self.folder / "cells" / f"{name}.json"

@@ -112,6 +112,15 @@ def run_transfer(
     settings = {**locals(), "information": asdict(information)}
     del settings["out_dir"], settings["overwrite"]
     _check(settings)
+    kept = {
+        domain: languages if translated is None or domain in translated else languages[:1]
+        for domain in domains
+    }
+    if sum(len(set(codes)) for codes in kept.values()) < 2:
+        raise ValueError(
+            f"`domains` must give at least two groups with their `languages`, got {domains} in "
+            f"{languages}. Add a domain or a language."
+        )
     sides = read_sides(
         questions,
         domains,
@@ -128,10 +137,7 @@ def run_transfer(
     texts = domain_texts(
         sides,
         load_tokenizer(source),
-        kept={
-            d: languages if translated is None or d in translated else languages[:1]
-            for d in domains
-        },
+        kept=kept,
         num_prompts=num_prompts,
         num_tokens=num_calibration_tokens,
         block_size=block_size,

@@ -244,6 +244,7 @@ def test_a_folder_of_something_else_is_never_touched(options: dict[str, object])
         ("rules", []),
         ("rules", ["tail"]),
         ("refits", ["all"]),
+        ("domains", ["math"]),
         ("num_removed", []),
         ("num_removed", [0]),
         ("num_removed", [4]),
