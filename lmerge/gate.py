@@ -25,7 +25,7 @@ class GateConfig:
     """KL from the source on each text, in nats a token; above 0."""
     min_distinct: float | None = 0.1
     """Distinct bigrams over bigrams of the greedy continuations; in [0, 1]."""
-    max_repetition: float | None = 0.3
+    max_repetition: float | None = 0.5
     """Share of repeated 4-grams in the greedy continuations, beyond the source's; in [0, 1]."""
 
     def __post_init__(self) -> None:

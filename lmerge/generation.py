@@ -15,6 +15,10 @@ PROMPTS = (
     "Water boils at",
     "She opened the door and",
     "The main purpose of a contract is",
+    "In the morning the old man",
+    "To make a good soup, you need",
+    "The first computer was built",
+    "Children learn to speak by",
 )
 """Starts of the greedy continuations; nothing is chosen on them."""
 
