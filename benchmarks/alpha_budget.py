@@ -17,6 +17,7 @@ from lmerge.data.module import MMLUDataModule
 from lmerge.data.records import ChoiceBatch
 from lmerge.data.text import read_text, token_blocks
 from lmerge.divergence import Targets, source_targets
+from lmerge.files import read_tensors, write_tensors
 from lmerge.groups import align_members
 from lmerge.information import InformationConfig
 from lmerge.llama import (
@@ -36,14 +37,15 @@ from lmerge.plan import MergePlan, make_plan
 from lmerge.preparation import similarity_by_domain
 from lmerge.progress import track
 from lmerge.runs import read_plan, write_plan
+from lmerge.search import SearchMethod, search_plan
 from lmerge.source import load_model
 
 
 class Shared:
     """What all budgets share: source, data, similarity and texts."""
 
-    def __init__(self, folder: Path, name: str, questions: str) -> None:
-        self.folder, self.name, self.questions = folder, name, questions
+    def __init__(self, folder: Path, name: str, questions: str, plan: str) -> None:
+        self.folder, self.name, self.questions, self.plan = folder, name, questions, plan
         self.source = load_model(name, "float32").requires_grad_(False)
         self.data = self.data_of("fit", num_calibration_tokens=6_144, num_prompts=16)
         text_ids = self.data.tokenizer(read_text("bank", split="test"))["input_ids"]
@@ -70,27 +72,33 @@ class Shared:
         return torch.tensor(json.loads(path.read_text()), dtype=torch.float64)
 
     def prepare(self, firsts: list[int]) -> None:
-        """Compute the source's states for groups that start at these layers, in one pass."""
+        """Compute the source's states for groups that start at these layers, or read them."""
         self.states: dict[tuple[str, int], StateCache] = {}
         blocks = {"calibration": self.data.calibration_blocks(), "text": self.text_BT}
         for name, token_BT in blocks.items():
-            parts: dict[int, list[Tensor]] = {first: [] for first in firsts}
-            finals = []
-            for part_BT in track(token_BT.split(2), f"{name} states", total=-(-len(token_BT) // 2)):
-                seen: list[Tensor] = []
-                with torch.no_grad(), capture_outputs(self.source, seen):
-                    below_BTD = embed(self.source, part_BT)
-                    found = self.source.model(part_BT, use_cache=False).last_hidden_state
-                finals.append(found)
-                for first in firsts:
-                    parts[first].append(seen[first - 1] if first else below_BTD)
+            path = self.folder / f"{name}.safetensors"
+            if not path.is_file():
+                write_tensors(path, self._states(name, token_BT, firsts), {})
+            found, _ = read_tensors(path)
             for first in firsts:
-                self.states[name, first] = StateCache(torch.cat(parts[first]), torch.cat(finals))
+                self.states[name, first] = StateCache(found[str(first)], found["final"])
         head_VD = head_weight(self.source)
         assert head_VD is not None
         final_BTD = self.states["text", firsts[0]].final_BTD
         self.targets: list[Targets] = [source_targets(s_TD, head_VD) for s_TD in final_BTD]
         """What a KL needs of the source, for each block of text."""
+
+    @torch.no_grad()
+    def _states(self, name: str, token_BT: Tensor, firsts: list[int]) -> dict[str, Tensor]:
+        parts: dict[str, list[Tensor]] = {key: [] for key in ("final", *map(str, firsts))}
+        for part_BT in track(token_BT.split(2), f"{name} states", total=-(-len(token_BT) // 2)):
+            seen: list[Tensor] = [embed(self.source, part_BT)]
+            with capture_outputs(self.source, seen):
+                final_BTD = self.source.model(part_BT, use_cache=False).last_hidden_state
+            parts["final"].append(final_BTD)
+            for first in firsts:
+                parts[str(first)].append(seen[first])  # after the embedding: inputs of the layers
+        return {key: torch.cat(found) for key, found in parts.items()}
 
     @cached_property
     def choices(self) -> list[ChoiceBatch]:
@@ -109,9 +117,16 @@ class Budget:
         self.orders = self._orders()
 
     def _plan(self) -> MergePlan:
-        path = self.folder / "plan.json"
-        if not path.is_file():
-            write_plan(self.folder, make_plan(self.shared.similarity, self.removed, "block"))
+        path, shared = self.folder / "plan.json", self.shared
+        if not path.is_file() and shared.plan == "block":
+            write_plan(self.folder, make_plan(shared.similarity, self.removed, "block"))
+        elif not path.is_file():
+            blocks_BT, held_B = shared.data.calibration_blocks(), shared.data.held_out()
+            sizes = {"num_fit_tokens": 2048, "num_held_tokens": 512}
+            method: SearchMethod = "block_repaired"
+            found = search_plan(shared.source, blocks_BT, held_B, self.removed, method, **sizes)
+            groups, depth = found[0].groups, num_layers(shared.source)
+            write_plan(self.folder, MergePlan(num_layers=depth, groups=groups, method=method))
         return read_plan(path)
 
     def _orders(self) -> Orders:

@@ -3,12 +3,12 @@
     python benchmarks/alpha_experiment.py --questions ../shared/data/mmlu --minutes 8   (repeat)
     python benchmarks/alpha_experiment.py --report
 
-All methods of a budget share one plan (the block whose ends are most alike), neurons aligned by
-weights, and calibration blocks (MMLU val questions and bundled prose, split val). Gradients train
-on them; the Bayesian search minimises the KL on those that are held out, and nothing is chosen by
-what is reported: loss and KL on bundled prose of split test, and MMLU test questions, zero-shot.
-Alphas are measured as they are, and most of them after the closed-form refit of the down
-projection too. Each finished cell is a line of cells.jsonl; a second call goes on.
+All methods of a budget share one plan (`--plan`), neurons aligned by weights, and calibration
+blocks (MMLU val questions and bundled prose, split val). Gradients train on them; plan and Bayesian
+search look at those that are held out too, and nothing is chosen by what is reported: loss and KL
+on bundled prose of split test, and MMLU test questions, zero-shot. Alphas are measured as they are,
+and most of them after the closed-form refit of the down projection too. Each finished cell is a
+line of cells.jsonl; a second call goes on.
 """
 
 from __future__ import annotations
@@ -199,6 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--questions", default="bank", help="as `data.questions` of a fit")
     parser.add_argument("--source", default="smollm2-135m", help="as `model.source` of a fit")
+    parser.add_argument("--plan", choices=("block_repaired", "block"), default="block_repaired")
     parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS))
     parser.add_argument("--folder", type=Path, default=Path("runs/alpha_experiment"))
     parser.add_argument("--minutes", type=float, default=1e9, help="start no cell after these")
@@ -212,7 +213,7 @@ def main() -> None:
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     done = {(line["kind"], line["removed"], line["method"]) for line in lines}
     todo = [name for name in cell_names(args.budgets) if name not in done]
-    shared, start = Shared(args.folder, args.source, args.questions), time.perf_counter()
+    shared, start = Shared(args.folder, args.source, args.questions, args.plan), time.perf_counter()
     budgets = {n: Budget(shared, n) for n in args.budgets}
     shared.prepare(sorted({b.plan.groups[0].start for b in budgets.values()}))
     for number, name in enumerate(todo):

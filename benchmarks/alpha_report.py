@@ -120,6 +120,8 @@ def kl_figure(cells: Cells) -> Figure:
                 axis.plot([mean(values)], [place + shift], "o", color=colour, label=label)
         axis.set_yticks(range(len(names)), names)
         axis.set(xscale="log", xlabel="KL from the source (nats/token)")
+        axis.xaxis.set_major_formatter("{x:.2g}")
+        axis.xaxis.set_minor_formatter("")
         axis.set(title=f"{removed} layers removed")
         axis.invert_yaxis()
     axis.legend()

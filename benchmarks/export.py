@@ -27,13 +27,22 @@ import torch
 import yaml
 from streamed_states import write_checkpoint
 
+from lmerge.alpha_files import write_alphas
 from lmerge.plan import Group, MergePlan
-from lmerge.runs import write_alphas, write_orders, write_plan
+from lmerge.runs import write_orders, write_plan
 from lmerge.shards import stored_tensors
 
 NEEDED_BYTES = 36 * 2**30
 SLOTS = {"q_proj": 4096, "k_proj": 1024, "v_proj": 1024, "o_proj": 4096}
 SLOTS |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), 14336)
+# A small process in between: a child's peak counts the memory of the one that started it.
+WATCH = """\
+import os, subprocess, sys
+child = subprocess.Popen(sys.argv[1:], stdout=sys.stderr)
+_, status, usage = os.wait4(child.pid, 0)
+print(usage.ru_maxrss)
+sys.exit(bool(status))
+"""
 PASSTHROUGH = """\
 merge_method: passthrough
 dtype: bfloat16
@@ -76,16 +85,16 @@ def measure(command, source, out):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     with tempfile.TemporaryFile("w+") as log:
         start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
+        watched = [sys.executable, "-c", WATCH, *command]
+        done = subprocess.run(watched, stdout=subprocess.PIPE, stderr=log, text=True)
         for path in out.glob("*"):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         seconds = time.perf_counter() - start
-        if status:
+        if done.returncode:
             log.seek(0)
             sys.exit(f"{command[0]} failed:\n{log.read()[-3000:]}")
-    return Measured(seconds, usage.ru_maxrss / 2**20)
+    return Measured(seconds, float(done.stdout) / 2**20)
 
 
 def size(folder):
@@ -112,12 +121,14 @@ def say(name, found, written):
 
 def compare(work, arguments):
     """Write the source, measure everything, and return the last line."""
-    source, out, theirs = work / "source", work / "out", work / "theirs"
-    source.mkdir()
-    start = time.perf_counter()
-    write_checkpoint(source, arguments.num_layers)
+    source, out, theirs = arguments.source or work / "source", work / "out", work / "theirs"
+    if not (source / "config.json").exists():
+        start = time.perf_counter()
+        source.mkdir()
+        write_checkpoint(source, arguments.num_layers)
+        print(f"wrote the source in {time.perf_counter() - start:.0f} s", flush=True)
     total = size(source)
-    print(f"wrote {total / 1e9:.1f} GB in {time.perf_counter() - start:.0f} s", flush=True)
+    print(f"source: {total / 1e9:.1f} GB", flush=True)
     for name in ("dropped", "merged"):
         write_run(
             work / name,
@@ -156,6 +167,8 @@ def compare(work, arguments):
         result["speedup_vs_mergekit"] = other.seconds / ours.seconds
         result["mergekit_peak_gib"] = other.peak_gib
     shutil.rmtree(out)
+    if not arguments.merged:
+        return result
     merging = measure([*export, str(work / "merged"), "--out", str(out)], source, out)
     say("lmerge export, layers merged", merging, written)
     result["peak_gib"] = max(ours.peak_gib, merging.peak_gib)
@@ -166,6 +179,8 @@ def main():
     """Make room, compare, clean up, report."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="Folder.")
+    parser.add_argument("--source", type=Path, help="Where the source stays for another time.")
+    parser.add_argument("--merged", type=int, default=1, help="0 leaves the true merge out.")
     parser.add_argument("--num_layers", type=int, default=32, help="Layers of the checkpoint.")
     parser.add_argument("--num_removed", type=int, default=5, help="Layers that are dropped.")
     parser.add_argument("--mergekit", default=shutil.which("mergekit-yaml"), help="Its command.")

@@ -163,7 +163,7 @@ def _merges(path: Path) -> list[PairMerge] | None:
     """Return the merges of a published list; None for another JSON file."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"`alpha.path` must be a JSON file of alphas, got {path}: {one_line(error)}. Give "
             "alphas.json of a run, or a published list of merges."

@@ -23,7 +23,9 @@ from lmerge.data.prompts import calibration_text as question_text
 from lmerge.data.records import ChoiceBatch, Scoring, TextBatch
 from lmerge.data.text import block_batches, read_texts, text_batches
 from lmerge.files import provenance, read_json, write_json
-from lmerge.search import Costs
+from lmerge.llama import num_layers
+from lmerge.plan import Group, MergePlan, plan_from_dict, plan_to_dict
+from lmerge.search import Costs, SearchMethod
 from lmerge.source import model_fingerprint
 from lmerge.yardstick import Yardstick
 
@@ -157,10 +159,24 @@ class Bench:
             return shallow.model, list(shallow.kept)
         if self._composer is None:
             self._composer = Composer(self.source, token_BT, held_B, seed=self.seed)
-        groups = self.planner().groups(method.plan_method, num_removed)
-        self._save_costs()
+        groups = self._groups(method.plan_method, num_removed)
         merged = self._composer.compose(groups, method)
         return merged.plain(), [list(group.members) for group in groups]
+
+    def _groups(self, method: SearchMethod, num_removed: int) -> tuple[Group, ...]:
+        """Return the plan of a search; it is kept in the run folder for other rows and calls."""
+        told = json.dumps([self.setting, method, num_removed], sort_keys=True)
+        digest = hashlib.sha256(told.encode()).hexdigest()[:8]
+        path = self.run_dir / "plan" / f"{method}-{num_removed}-{digest}.json"
+        if path.is_file():
+            data = read_json(path, schema=SCHEMA)
+            return plan_from_dict({k: v for k, v in data.items() if k != "schema"}).groups
+        groups = self.planner().groups(method, num_removed)
+        self._save_costs()
+        depth = num_layers(self.source)
+        plan = MergePlan(num_layers=depth, groups=groups, method=method)
+        write_json(path, plan_to_dict(plan), schema=SCHEMA)
+        return groups
 
     def calibration(self) -> tuple[Tensor, Tensor, dict[str, str]]:
         """Return calibration blocks, which are held out, and fingerprints of what they are."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -201,7 +202,9 @@ def finish_evaluation(trainer: Trainer, module: AlphaModule, stage: str) -> None
         _measure_alone(module)
     module.checks = check_gate(module.results, module.gate)
     module.results["gate"] = [check._asdict() for check in module.checks]
-    read = {"fingerprints": data.fingerprints, "settings": data.settings}
+    read: dict[str, Any] = {"fingerprints": data.fingerprints, "settings": data.settings}
+    read["source_fingerprint"] = module.merged.plan.source
+    read["seeds"] = {"alphas": module.seed, "data": data.seed}
     write_metrics(module.run_dir, stage, {"source": module.source_name, **read, **module.results})
     if module.journal is not None:
         module.journal.remove()
@@ -245,7 +248,7 @@ def card(module: AlphaModule, rows: list[Row]) -> str:
         groups=[list(group.members) for group in plan.groups],
         table=rows,
         command=None,
-        provenance=provenance(),
+        provenance={**provenance(), "plan": plan.method, "source_fingerprint": plan.source or None},
         notes=gate_notes(module.checks),
     )
 

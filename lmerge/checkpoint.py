@@ -48,7 +48,7 @@ def check_config(source: str, folder: Path) -> None:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         model_type = config.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"`source` must hold a readable config.json, got {source!r}: {one_line(error)}. Get a "
             "fresh copy of it."
@@ -183,6 +183,7 @@ def converted_gguf(source: str, path: Path) -> Path:
     folder = root / _cache_key(path)
     if folder.is_dir():
         return folder
+    _check_gguf(source, path)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f"{folder.name}.lock"):
@@ -219,7 +220,6 @@ def _cache_key(path: Path) -> str:
 
 def _convert(source: str, path: Path, folder: Path) -> None:
     logger.info("converting %s to safetensors, once; this takes about half a minute", path.name)
-    _check_gguf(source, path)
     with loading(source, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     model = load_whole(source, path.parent, bars=True, gguf_file=path.name)

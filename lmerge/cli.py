@@ -12,15 +12,18 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import torch
 from jsonargparse import ActionConfigFile, set_parsing_settings  # type: ignore[attr-defined]
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from torch import nn
 
 from lmerge.alignment import HungarianAlignment
 from lmerge.callbacks import Artefacts, ExportCheckpoint, Repair
@@ -32,6 +35,7 @@ from lmerge.module import AlphaModule
 from lmerge.planning import PlanningTrainer
 from lmerge.search import SEARCHES
 from lmerge.stopping import StopTogether
+from lmerge.yaml_files import check_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -119,12 +123,14 @@ class CLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {
+        known = {
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
             "validate": {"model", "dataloaders", "datamodule"},
             "test": {"model", "dataloaders", "datamodule"},
             "plan": {"model", "datamodule"},
         }
+        # The parser of one takes as long as the rest of the start, so others are not built.
+        return {name: known[name] for name in sys.argv[1:2] if name in known} or known
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -201,6 +207,8 @@ class CLI(LightningCLI):
             config.trainer.default_root_dir = str(run_dir)
         run_dir = Path(self._get(self.config, "run_dir"))
         resumed = self._get(self.config, "ckpt_path")
+        if self.subcommand == "fit":
+            check_epochs(self._get(self.config, "trainer.max_epochs"))
         if self.subcommand == "fit" and not resumed:
             prepare_run_dir(run_dir, overwrite=self._get(self.config, "overwrite"))
 
@@ -213,8 +221,14 @@ class CLI(LightningCLI):
             return
         ckpt_path = self._get(self.config, "ckpt_path")
         self.model.gate = self._get(self.config_init, "gate")
+        if self.subcommand == "fit" and self._get(self.config_init, "evaluate_after"):
+            # What the evaluation at the end could not take must not cost a whole fit.
+            self.datamodule.setup("validate")
         self.datamodule.setup(self.subcommand)
         self.model.check(self.subcommand, ckpt_path)
+        if self.subcommand == "fit":
+            # Refuses settings such as a negative learning rate before anything is written.
+            self.model.optimizer([nn.Parameter(torch.zeros(1))])
         if self.subcommand == "fit" and not ckpt_path:
             remove_run(self.model.run_dir)
         if self.subcommand == "fit":
@@ -253,6 +267,15 @@ class CLI(LightningCLI):
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
 
+def check_epochs(max_epochs: int | None) -> None:
+    """Raise ValueError when a fit would end before it starts."""
+    if max_epochs == 0:
+        raise ValueError(
+            "`trainer.max_epochs` must be above 0, got 0. Raise it, or give `--trainer.max_steps "
+            "0` to merge without training."
+        )
+
+
 @rank_zero_only
 def prepare_run_dir(run_dir: Path, *, overwrite: bool) -> None:
     """Check that a run folder can be made.
@@ -261,7 +284,8 @@ def prepare_run_dir(run_dir: Path, *, overwrite: bool) -> None:
         ValueError: When it exists and may not be replaced, or cannot be written.
     """
     parent = next(p for p in (run_dir, *run_dir.parents) if p.exists() or p == run_dir.parents[-1])
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
+    dead_link = run_dir.is_symlink() and not run_dir.exists()
+    if dead_link or not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(
             f"`--run_dir` must lie in a folder that can be written, got {run_dir}. "
             "Choose another folder."
@@ -320,6 +344,8 @@ def main(args: list[str] | None = None) -> None:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     args = sys.argv[1:] if args is None else args
     try:
+        for path in _config_files(args):
+            check_yaml(path)
         if args and args[0] in COMMANDS:
             _run_command(args[0], args[1:])
         else:
@@ -329,6 +355,13 @@ def main(args: list[str] | None = None) -> None:
             raise
         sys.stderr.write(f"lmerge: error: {' '.join(str(error).split())}\n")
         sys.exit(2)
+
+
+def _config_files(args: list[str]) -> list[Path]:
+    """Return the files that are given as configs."""
+    named = [value for flag, value in pairwise(args) if flag in ("-c", "--config")]
+    named += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
+    return [Path(name) for name in named if Path(name).is_file()]
 
 
 def _as_switch(arg: str, following: str) -> str:

@@ -11,7 +11,7 @@ import yaml
 
 from lmerge.alphas import AlphaConfig, spread
 from lmerge.export import model_card, verify_export
-from lmerge.files import provenance, read_json
+from lmerge.files import one_line, provenance, read_json
 from lmerge.gate import Check, gate_notes, gate_rows
 from lmerge.gguf_export import GgufDtype, export_gguf, source_pre
 from lmerge.llama import head_dim
@@ -22,6 +22,7 @@ from lmerge.runs import RunState, read_run
 from lmerge.source import Dtype, checkpoint_folder, load_model, resolve_source
 from lmerge.streamed_export import export_streamed
 from lmerge.streamed_merge import StreamedMerge
+from lmerge.yaml_files import check_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -117,11 +118,12 @@ def run_settings(run: Path) -> dict[str, Any]:
     path = run / "config.yaml"
     if not path.is_file():
         return {}
+    check_yaml(path)
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} must be readable YAML, got: {reason}. Correct it.") from None
+    except yaml.YAMLError as error:
+        reason = one_line(error)
+        raise ValueError(f"{path} must be plain YAML, got: {reason}. Correct it.") from None
     model = settings.get("model", {}) if isinstance(settings, dict) else None
     if not isinstance(settings, dict) or not isinstance(model, dict):
         raise ValueError(f"{path} must hold the options of a run. Use the one that `fit` wrote.")

@@ -54,7 +54,7 @@ def read_json(path: Path, *, schema: int) -> dict[str, Any]:
         data = json.loads(text, object_pairs_hook=_distinct, parse_constant=_refuse_constant)
     except OSError as error:
         raise ValueError(_unreadable(path, error)) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} must be valid JSON, got: {error}. Correct it, or make the file again."
         ) from error

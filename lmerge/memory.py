@@ -21,7 +21,7 @@ Setup = Literal["cpu", "gpu", "ddp", "fsdp2"]
 SETUPS: tuple[Setup, ...] = ("cpu", "gpu", "ddp", "fsdp2")
 
 FLOAT, DOUBLE = 4, 8
-OTHER = 100 * 2**20
+OTHER = 150 * 2**20
 """What a process without a GPU takes beside tensors and beyond its imports: libraries that load
 late, texts, buffers of the matrix products; measured."""
 STATES_BATCH = 4

@@ -19,8 +19,8 @@ BLOCK = 1024
 def reorder_neurons(layer: LayerTensors, order_F: Tensor) -> LayerTensors:
     """Return the layer with its MLP neurons in a new order; its function is unchanged."""
     return {
-        name: tensor.index_select(NEURON_AXIS[name], order_F) if name in NEURON_AXIS else tensor
-        for name, tensor in layer.items()
+        name: t.index_select(NEURON_AXIS[name], order_F.to(t.device)) if name in NEURON_AXIS else t
+        for name, t in layer.items()
     }
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from lmerge.data.records import IGNORE, PADDING_SEGMENT, ChoiceBatch, TextBatch
 from lmerge.divergence import kl_rows
+from lmerge.grouped import grouped_attention
 from lmerge.prefix import PrefixCache
 
 __all__ = [
@@ -70,14 +71,16 @@ def score_choices(model: PreTrainedModel, batch: ChoiceBatch, prefixes: PrefixCa
     rank_BT, position_BT = _positions(segment_BT, prefix_length)
     _check_window(model, int(position_BT.max()) + 1)
     states = prefixes.encode(model, batch.prefix_P)
-    state_BTD = _decode(
-        model,
-        input_ids=batch.token_BT.to(model.device),
-        attention_mask=_tree_mask(segment_BT, prefix_length, states.dtype),
-        position_ids=position_BT,
-        past_key_values=states,
-        use_cache=True,
-    )
+    mask_B1TS = _tree_mask(segment_BT, prefix_length, states.dtype)
+    with grouped_attention(model) as num_groups:
+        state_BTD = _decode(
+            model,
+            input_ids=batch.token_BT.to(model.device),
+            attention_mask=mask_B1TS.repeat(1, 1, num_groups, 1),
+            position_ids=position_BT,
+            past_key_values=states,
+            use_cache=True,
+        )
     last_B = (segment_BT == 0).sum(dim=1) - 1
     if batch.scoring == "letter":
         state_BD = state_BTD[torch.arange(len(last_B), device=last_B.device), last_B]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,6 +27,10 @@ SearchMethod = Literal["block_repaired", "groups_repaired"]
 
 NUM_CHECKED = 3
 """Plans of several groups whose cost is measured, not only added up from that of each group."""
+
+
+SLACK = 1.5
+"""How much dearer than the best plan so far a group may be for longer ones to be tried."""
 
 
 class Candidate(NamedTuple):
@@ -53,20 +57,35 @@ def repaired_blocks(
         held_B: Which of them are held out (bool).
         num_removed: Layers that the block loses.
     """
+    return repaired_blocks_of(source, token_BT, held_B, [num_removed])[num_removed]
+
+
+@torch.no_grad()
+def repaired_blocks_of(
+    source: PreTrainedModel, token_BT: Tensor, held_B: Tensor, numbers: Sequence[int]
+) -> dict[int, list[Candidate]]:
+    """Return the candidates of `repaired_blocks` for several numbers of layers to lose.
+
+    States and normal equations of a layer are the same for all of them.
+    """
     depth = num_layers(source)
-    check_num_removed(num_removed, depth)
+    for num_removed in numbers:
+        check_num_removed(num_removed, depth)
     fit_states = layer_inputs(source, token_BT[~held_B])
     held_states = layer_inputs(source, token_BT[held_B])
     logp_NV = log_probabilities(source, normed_output(source, held_states[-1], depth))
-    candidates = []
-    for first in track(range(depth - num_removed), "plan search", total=depth - num_removed):
-        stop = first + num_removed + 1
-        layer = BlockRefits(source, first, fit_states[first]).toward(fit_states[stop])
-        kl = kl_of(
-            source, run_part(layers_above(source, layer, first, stop), held_states[first]), logp_NV
-        )
-        candidates.append(Candidate((_block(first, stop),), kl))
-    return _best_first(candidates)
+    found: dict[int, list[Candidate]] = {num_removed: [] for num_removed in numbers}
+    num_first = depth - min(numbers)
+    for first in track(range(num_first), "plan search", total=num_first):
+        refits = BlockRefits(source, first, fit_states[first])
+        for num_removed in numbers:
+            stop = first + num_removed + 1
+            if stop > depth:
+                continue
+            above = layers_above(source, refits.toward(fit_states[stop]), first, stop)
+            kl = kl_of(source, run_part(above, held_states[first]), logp_NV)
+            found[num_removed].append(Candidate((_block(first, stop),), kl))
+    return {num_removed: _best_first(candidates) for num_removed, candidates in found.items()}
 
 
 def _block(first: int, stop: int) -> Group:
@@ -124,11 +143,11 @@ class GroupSearch:
     def costs(self, num_removed: int) -> Costs:
         """Return the KL of each group alone that loses at most `num_removed` layers.
 
-        Groups that are dearer than the best single block of all those layers end the row of their
-        first layer, since longer ones cost more still.
+        A row of groups with one first layer ends where one is dearer than `SLACK` times the best
+        plan found so far that loses as many layers: longer ones cost more still.
         """
         costs: Costs = {}
-        bound = math.inf
+        best = [math.inf] * (num_removed + 1)
         for first in track(_middle_out(self.depth), "plan search", total=self.depth - 1):
             refits = BlockRefits(self.source, first, self.fit_states[first])
             for stop in range(first + 2, min(first + num_removed + 2, self.depth + 1)):
@@ -136,10 +155,10 @@ class GroupSearch:
                 above = layers_above(self.source, layer, first, stop)
                 normed_BTD = run_part(above, self.held_states[first])
                 costs[first, stop] = kl_of(self.source, normed_BTD, self.logp_NV)
-                if not costs[first, stop] < bound:
+                if not costs[first, stop] <= SLACK * best[stop - first - 1]:
                     break
-                if stop - first - 1 == num_removed:
-                    bound = costs[first, stop]
+            for lost in range(1, num_removed + 1):
+                best[lost] = min(best[lost], _least_cost(costs, self.depth, lost))
         return costs
 
     def plans(self, costs: Costs, num_removed: int) -> list[Candidate]:
@@ -187,7 +206,21 @@ def cheapest_plans(
     Raises:
         ValueError: When no plan of these groups loses so many layers.
     """
-    ways: dict[tuple[int, int], list[tuple[float, tuple[Group, ...]]]] = {(0, 0): [(0.0, ())]}
+    found = _cheapest(costs, depth, num_removed, num_plans)
+    if not found:
+        raise ValueError(
+            f"no plan of the groups tried loses {num_removed} of {depth} layers at a finite cost. "
+            "Lower `num_removed`, or use another `plan_method`."
+        )
+    return [groups for _, groups in found]
+
+
+Way = tuple[float, tuple[Group, ...]]
+"""A plan and its summed cost."""
+
+
+def _cheapest(costs: Costs, depth: int, num_removed: int, num_plans: int) -> list[Way]:
+    ways: dict[tuple[int, int], list[Way]] = {(0, 0): [(0.0, ())]}
     for layer in range(depth):
         for lost in range(num_removed + 1):
             here = sorted(ways.get((layer, lost), []), key=lambda way: way[0])[:num_plans]
@@ -197,13 +230,12 @@ def cheapest_plans(
                 if math.isfinite(cost):
                     longer = [(c + cost, (*groups, _block(layer, stop))) for c, groups in here]
                     ways.setdefault((stop, lost + stop - layer - 1), []).extend(longer)
-    found = sorted(ways.get((depth, num_removed), []), key=lambda way: way[0])[:num_plans]
-    if not found:
-        raise ValueError(
-            f"no plan of the groups tried loses {num_removed} of {depth} layers at a finite cost. "
-            "Lower `num_removed`, or use another `plan_method`."
-        )
-    return [groups for _, groups in found]
+    return sorted(ways.get((depth, num_removed), []), key=lambda way: way[0])[:num_plans]
+
+
+def _least_cost(costs: Costs, depth: int, num_removed: int) -> float:
+    found = _cheapest(costs, depth, num_removed, 1)
+    return found[0][0] if found else math.inf
 
 
 SEARCHES: dict[SearchMethod, Callable[[PreTrainedModel, Tensor, Tensor, int], list[Candidate]]] = {

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -18,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lmerge.checkpoint import INDEX, SINGLE, loading, read_index
-from lmerge.files import write_text
+from lmerge.files import sync, write_text
 from lmerge.progress import track
 
 DTYPES: dict[str, torch.dtype] = {
@@ -148,13 +149,19 @@ def write_checkpoint(
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     split = _split(sizes, max_shard_size)
     bar = iter(track(sizes, "weights", total=len(sizes)))
-    for file_name, names in split.filename_to_tensors.items():
-        header = _header({name: shapes[name] for name in names}, dtype)
-        with (folder / file_name).open("xb", buffering=0) as file:
-            write_all(file, header)
-            for name in names:
-                next(bar)
-                _append(file, content(name), shapes[name], dtype)
+    # A finished file goes to the disk while the next one is written.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        flushed = []
+        for file_name, names in split.filename_to_tensors.items():
+            header = _header({name: shapes[name] for name in names}, dtype)
+            with (folder / file_name).open("xb", buffering=0) as file:
+                write_all(file, header)
+                for name in names:
+                    next(bar)
+                    _append(file, content(name), shapes[name], dtype)
+            flushed.append(pool.submit(sync, folder / file_name))
+    for done in flushed:
+        done.result()  # raises what went wrong
     next(bar, None)  # ends it
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}

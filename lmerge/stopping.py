@@ -20,9 +20,9 @@ class StopTogether(Callback):
     """Ends all processes after the same training step when one has got SIGTERM.
 
     A W&B agent's stop, and many a job scheduler's, reaches the first process alone. Lightning
-    2.6 then talks to the others from inside its signal handler, while they are in the middle of
-    something else, and all wait for ever (its issue 20806). Here the handler only takes a note,
-    and the processes compare notes after each step. Alone, a process does as Lightning does.
+    2.6 then talks to the others from inside its signal handler, while they may be in the middle
+    of something else, and all can wait for ever (its issue 20806). Here the handler only takes a
+    note, and the processes compare notes after each step. Alone, a process does as Lightning does.
     """
 
     def __init__(self) -> None:

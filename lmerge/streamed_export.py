@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from lmerge.checkpoint import loading
 from lmerge.export import CARD, check_free
 from lmerge.files import writing
 from lmerge.folders import atomic_folder
@@ -94,7 +95,8 @@ def copy_small_files(source_dir: Path, folder: Path) -> None:
                 shutil.copyfile(path, folder / path.name)
     path = folder / "tokenizer_config.json"
     if path.is_file():
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        with loading(str(source_dir), path.name):
+            settings = dict(json.loads(path.read_text(encoding="utf-8")))
         settings = {key: value for key, value in settings.items() if key not in LOCAL_KEYS}
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def sweep(
     engine: Engine = "wandb",
     run_dir: str = "runs/sweep",
     seed: int = 0,
-    options: list[str] | None = None,
+    options: str | None = None,
 ) -> None:
     """Run a W&B sweep file without a server; a second call goes on where the first was stopped.
 
@@ -55,8 +56,8 @@ def sweep(
         engine: `wandb` is W&B's own engine; `optuna` reads the same file.
         run_dir: Folder of the results and of the trials' run folders.
         seed: Seed of the proposed values.
-        options: For sweeps of another LightningCLI: run the file's `program`, with these options,
-            where {folder} stands for the trial's folder. A metrics.csv must come to lie in it.
+        options: For sweeps of another LightningCLI: run the file's `program` with these options, as
+            a shell reads them; {folder} is the trial's folder, and its metrics.csv must lie there.
     """
     for name, value in (("count", count), ("jobs", jobs)):
         if value < 1:
@@ -106,7 +107,7 @@ class Runner:
         folder: Path,
         engine: Engine,
         seed: int,
-        options: list[str] | None = None,
+        options: str | None = None,
     ) -> None:
         self.config, self.folder, self.engine, self.seed = config, folder, engine, seed
         self.options = options
@@ -169,7 +170,8 @@ class Runner:
         """Return where a trial writes, and what it shares with the others."""
         folder = self.folder / trial.folder
         if self.options is not None:
-            return [option.replace("{folder}", str(folder)) for option in self.options]
+            parts = shlex.split(self.options)
+            return [part.replace("{folder}", str(folder)) for part in parts]
         cache = f"--model.cache_dir={self.folder / 'cache'}"
         return [f"--run_dir={folder}", "--overwrite=true", "--wandb=disabled", cache]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.table import Table
 
 from lmerge.files import provenance, read_json, write_json, write_text
-from lmerge.trials import SweepConfig, Trial, metric_name, sign
+from lmerge.trials import SweepConfig, Trial, metric_name, short_names, sign
 
 SCHEMA = 1
 
@@ -70,9 +70,14 @@ def results_table(config: SweepConfig, trials: Sequence[Trial], count: int, jobs
 
     for trial in sorted(trials, key=rank)[:20]:
         metric = "" if trial.metric is None else f"{trial.metric:.6g}"
-        values = ", ".join(f"{key.rpartition('.')[2]} {v}" for key, v in trial.params.items())
+        short = short_names(trial.params)
+        values = ", ".join(f"{short[key]} {_shown(v)}" for key, v in trial.params.items())
         table.add_row(str(trial.index), metric, trial.state, f"{trial.seconds:.0f}", values)
     return table
+
+
+def _shown(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _progress(trials: Sequence[Trial], count: int, jobs: int) -> str:

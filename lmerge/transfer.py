@@ -1,15 +1,15 @@
 """Does a plan made on one domain serve another? Plans, refitted models, and losses by question.
 
-One layer stands for a block of layers, refitted in closed form: what a plan costs is what remains
-after the repair. Models share everything below their block with the source, so the states of all
-texts are moved up once, layer by layer, and each model starts where it differs.
+One layer stands for a group of layers, refitted in closed form: what a plan costs is what remains
+after the repair. Models share everything below their first group with the source, so the states of
+all texts are moved up once, layer by layer, and each model starts where it differs.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +25,15 @@ from lmerge.llama import decoder_layers, embed, lm_logits, num_layers, run_span,
 from lmerge.merged import MergedLlama
 from lmerge.plan import Group, MergePlan, block_groups
 from lmerge.repair import RepairConfig, refit_groups
+from lmerge.search import SearchMethod
 from lmerge.similarity import Measure, similarity_matrix
 from lmerge.transfer_data import DomainTexts
 
-Rule = Measure | Literal["block_repaired"]
-"""How a plan is made: the block that a measure finds most alike, or a search by loss."""
+Rule = Measure | SearchMethod
+"""How a plan is made: the block that a measure finds most alike, or a search by cost."""
+
+Groups = tuple[Group, ...]
+"""Disjoint groups of layers in rising order; each becomes one layer."""
 
 MIXED = "mixed"
 """Name of the text that holds as much of every domain."""
@@ -54,9 +58,9 @@ def mixed(blocks: Sequence[Tensor]) -> Tensor:
     return torch.stack([blocks[(i + i // count) % count][i] for i in range(len(blocks[0]))])
 
 
-def similar_group(
+def similar_groups(
     states_LND: Tensor, measure: Measure, num_removed: int, information: InformationConfig
-) -> Group:
+) -> Groups:
     """Return the block whose ends a measure finds most alike; undefined pairs are never chosen.
 
     Raises:
@@ -69,7 +73,7 @@ def similar_group(
             f"`{measure}` must be defined for some block of {num_removed + 1} layers, got none. "
             "Use more prompts, another `information.sigma`, or another measure."
         )
-    return block_groups(matrix_LL.nan_to_num(nan=-math.inf), num_removed)[0]
+    return block_groups(matrix_LL.nan_to_num(nan=-math.inf), num_removed)
 
 
 class Batch(NamedTuple):
@@ -137,17 +141,17 @@ def _run(part: PreTrainedModel, state_BTD: Tensor) -> Tensor:
 
 
 def merged_model(
-    source: PreTrainedModel, group: Group, prefix_BTD: Tensor, held_B: Tensor
+    source: PreTrainedModel, groups: Groups, prefix_BTD: Tensor, held_B: Tensor
 ) -> PreTrainedModel:
-    """Return the source with a block of layers replaced by its refitted first one.
+    """Return the source with each group of layers replaced by its refitted anchor.
 
     Args:
         source: The source model.
-        group: The block.
-        prefix_BTD: Calibration blocks at the input of the block.
+        groups: The groups.
+        prefix_BTD: Calibration blocks at the input of the first group.
         held_B: Which of them choose the regularisation (bool).
     """
-    plan = MergePlan(num_layers=num_layers(source), groups=(group,))
+    plan = MergePlan(num_layers=num_layers(source), groups=groups)
     merged = MergedLlama(source, plan, {}, AlphaConfig(granularity="layer"))
     refit_groups(source, merged, prefix_BTD, held_B, RepairConfig())
     return merged.plain()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -20,12 +20,14 @@ from lmerge.files import provenance, read_json, write_json, write_text
 from lmerge.information import InformationConfig
 from lmerge.llama import num_layers
 from lmerge.plan import check_num_removed
+from lmerge.search import SearchMethod
 from lmerge.similarity import Measure
 from lmerge.source import Dtype, load_model, load_tokenizer, model_fingerprint
 from lmerge.transfer import Rule
 from lmerge.transfer_cells import Study
 from lmerge.transfer_data import CalibrationSplit, EvalSplit, domain_texts, read_sides
 from lmerge.transfer_table import (
+    Refitted,
     figure_panels,
     row_record,
     summaries,
@@ -43,6 +45,9 @@ STUDY_DOMAINS = ["medical", "legal", "math", "cs", "humanities"]
 ENGLISH = ["en"]
 RULES: list[Rule] = ["angular", "block_repaired"]
 REMOVED = [3, 6]
+REFITS: list[Refitted] = ["own", "mixed"]
+FREE = ("rules", "num_removed", "refits")
+"""Settings that a later call may change: cells hold for all of them."""
 VALIDATION: list[CalibrationSplit] = ["val"]
 
 
@@ -56,6 +61,7 @@ def run_transfer(
     extra_domains: dict[str, list[str]] | None = None,
     rules: list[Rule] = RULES,
     num_removed: list[int] = REMOVED,
+    refits: list[Refitted] = REFITS,
     information: InformationConfig = InformationConfig(),  # noqa: B008 - frozen
     num_prompts: int = 40,
     pooling: Pooling = "last",
@@ -73,17 +79,19 @@ def run_transfer(
 
     Args:
         source: Model: hub id, local folder, GGUF file or alias.
-        out_dir: Folder of the results; cells that are there are not computed again, so that rules
-            and numbers may be added.
+        out_dir: Folder of the results; cells that are there are not computed again, so that rules,
+            numbers and refits may be added.
         questions: Where the questions are, as in `fit --data.questions`.
         domains: Domains to compare.
         languages: ISO 639-1 codes of the languages to compare.
         translated: Domains that are taken in every language; the others in the first language
             alone. Null takes all in every language.
         extra_domains: Further domains, each a list of subjects.
-        rules: How plans are made: a layer similarity (the block whose ends are most alike) or
-            `block_repaired` (the block that costs least once refitted).
+        rules: How plans are made: a layer similarity (the block whose ends are most alike),
+            `block_repaired` (the block that costs least once refitted) or `groups_repaired`.
         num_removed: Layers to remove; one table for each number.
+        refits: What each plan is refitted on: its `own` domain's text, or as much of all domains in
+            turn (`mixed`), which shows the plan's effect without the text's.
         information: Options of `npib`, `gaussian_nmi` and `gaussian_nmi_bounded`.
         num_prompts: Prompts of each domain and language for layer similarity; at least 1.
         pooling: Which token's state stands for a prompt.
@@ -104,6 +112,15 @@ def run_transfer(
     settings = {**locals(), "information": asdict(information)}
     del settings["out_dir"], settings["overwrite"]
     _check(settings)
+    kept = {
+        domain: languages if translated is None or domain in translated else languages[:1]
+        for domain in domains
+    }
+    if sum(len(set(codes)) for codes in kept.values()) < 2:
+        raise ValueError(
+            f"`domains` must give at least two groups with their `languages`, got {domains} in "
+            f"{languages}. Add a domain or a language."
+        )
     sides = read_sides(
         questions,
         domains,
@@ -120,10 +137,7 @@ def run_transfer(
     texts = domain_texts(
         sides,
         load_tokenizer(source),
-        kept={
-            d: languages if translated is None or d in translated else languages[:1]
-            for d in domains
-        },
+        kept=kept,
         num_prompts=num_prompts,
         num_tokens=num_calibration_tokens,
         block_size=block_size,
@@ -136,19 +150,19 @@ def run_transfer(
         "questions": sides.fingerprints(),
         "settings": settings,
     }
-    # Cells hold for other rules and numbers too, which a later call may add.
-    cells = {key: value for key, value in settings.items() if key not in ("rules", "num_removed")}
+    cells = {key: value for key, value in settings.items() if key not in FREE}
     with _folder(out_dir, {**made_of, "settings": cells}, overwrite=overwrite):
         study = Study(model, texts, out_dir, information, pooling)
         study.make_plans(rules, num_removed)
-        study.measure()
-        _report(study, made_of, seed)
+        study.measure(refits)
+        _report(study, made_of, refits, seed)
 
 
 def _check(settings: Mapping[str, Any]) -> None:
     """Raise ValueError on an option out of range, before anything is loaded."""
     for name, allowed in {
-        "rules": (*get_args(Measure), "block_repaired"),
+        "rules": (*get_args(Measure), *get_args(SearchMethod)),
+        "refits": get_args(Refitted),
         "calibration_splits": get_args(CalibrationSplit),
     }.items():
         unknown = [value for value in settings[name] if value not in allowed]
@@ -205,10 +219,14 @@ def _folder(out_dir: Path, made_of: Mapping[str, Any], *, overwrite: bool) -> It
         ) from error
 
 
-def _report(study: Study, made_of: Mapping[str, Any], seed: int) -> None:
+def _report(
+    study: Study, made_of: Mapping[str, Any], refits: Sequence[Refitted], seed: int
+) -> None:
     """Write the tables and the figure, and print the summary."""
     out_dir = study.folder
-    rows = transfer_rows(study.plans, study.models, study.source_nats, study.tokens, seed=seed)
+    rows = transfer_rows(
+        study.plans, study.models, study.source_nats, study.tokens, refits=refits, seed=seed
+    )
     lines = summaries(rows, study.plans, study.models, study.tokens, seed=seed)
     write_text(out_dir / "transfer.md", transfer_markdown(rows, lines))
     save(transfer_figure(figure_panels(rows)), out_dir / "transfer.png")

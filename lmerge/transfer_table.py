@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lmerge.plan import Group
 from lmerge.statistics import Difference, Interval, paired_bootstrap, stratified_bootstrap
-from lmerge.transfer import MIXED, Rule
+from lmerge.transfer import MIXED, Groups, Rule
 
+Refitted = Literal["own", "mixed"]
+"""Text that a plan is refitted on: its own domain's, or as much of all domains in turn."""
 Nats = Mapping[str, Sequence[float]]
 """Domain measured on -> nats of each question."""
-Plans = Mapping[tuple[Rule, int, str], Group]
-"""Rule, layers removed and the text that the plan was made on -> the block."""
-Models = Mapping[tuple[Group, str], Nats]
-"""Block and the text of its refit -> losses."""
+Plans = Mapping[tuple[Rule, int, str], Groups]
+"""Rule, layers removed and the text that the plan was made on -> its groups."""
+Models = Mapping[tuple[Groups, str], Nats]
+"""Groups and the text of its refit -> losses."""
 
 
 class Row(NamedTuple):
@@ -25,12 +26,12 @@ class Row(NamedTuple):
 
     rule: Rule
     num_removed: int
-    refit: str
+    refit: Refitted
     """`own`: the plan's domain was calibrated on too; `mixed`: all domains alike."""
     plan_from: str
     measured_on: str
-    layers: tuple[int, int]
-    """First and last layer of the block."""
+    groups: str
+    """First and last layer of each group, such as `12-15`."""
     increase: Difference
     """Loss above the source's, in nats a token."""
     regret: Difference | None
@@ -42,7 +43,7 @@ class Summary(NamedTuple):
 
     rule: Rule
     num_removed: int
-    refit: str
+    refit: Refitted
     num_plans: int
     """Different blocks that the domains chose."""
     home: float
@@ -55,16 +56,27 @@ class Summary(NamedTuple):
     """Of the regret, over questions."""
 
 
+def show(groups: Groups) -> str:
+    """Return the first and last layer of each group."""
+    return " ".join(f"{group.start}-{group.stop - 1}" for group in groups)
+
+
 def transfer_rows(
-    plans: Plans, models: Models, source: Nats, tokens: Nats, *, seed: int
+    plans: Plans,
+    models: Models,
+    source: Nats,
+    tokens: Nats,
+    *,
+    refits: Sequence[Refitted],
+    seed: int,
 ) -> list[Row]:
     """Return a row for each rule, number of layers, refit, plan and measured domain."""
     rows = []
-    for (rule, num_removed, name), group in plans.items():
-        for refit in ("own", MIXED):
+    for (rule, num_removed, name), groups in plans.items():
+        for refit in refits:
             if name == MIXED and refit == "own":
                 continue
-            nats = models[group, name if refit == "own" else MIXED]
+            nats = models[groups, name if refit == "own" else MIXED]
             for other in tokens:
                 home = models[plans[rule, num_removed, other], other if refit == "own" else MIXED]
                 rows.append(
@@ -74,7 +86,7 @@ def transfer_rows(
                         refit,
                         name,
                         other,
-                        (group.start, group.stop - 1),
+                        show(groups),
                         _difference(nats[other], source[other], tokens[other], seed),
                         None
                         if other == name
@@ -131,7 +143,7 @@ def _mean_regret(
     tokens: Nats,
     rule: Rule,
     num_removed: int,
-    refit: str,
+    refit: Refitted,
     measured_on: str,
 ) -> Tensor:
     """Return, for each question, the mean over foreign plans of its nats above the home plan's."""
@@ -185,8 +197,7 @@ def _table(rows: Sequence[Row]) -> str:
     lines = [f"| plan made on | block | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     for name in dict.fromkeys(row.plan_from for row in rows):
         own = [row for row in rows if row.plan_from == name]
-        first, last = own[0].layers
-        lines.append(f"| {name} | {first}-{last} | {' | '.join(map(_cell, own))} |")
+        lines.append(f"| {name} | {own[0].groups} | {' | '.join(map(_cell, own))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -207,21 +218,16 @@ Panel = tuple[list[str], list[str], Tensor, list[list[str]]]
 
 
 def figure_panels(rows: Sequence[Row]) -> dict[str, Panel]:
-    """Return the heatmaps of the plans that were refitted on their own domain."""
+    """Return a heatmap for each rule and number of layers, refitted on the mixed text if it is."""
+    refit = MIXED if any(row.refit == MIXED for row in rows) else "own"
     panels = {}
     for rule, num_removed in dict.fromkeys((row.rule, row.num_removed) for row in rows):
-        chosen = [r for r in rows if (r.rule, r.num_removed) == (rule, num_removed)]
-        chosen = [r for r in chosen if r.refit == "own" or r.plan_from == MIXED]
+        chosen = [row for row in rows if row[:3] == (rule, num_removed, refit)]
         plans = list(dict.fromkeys(row.plan_from for row in chosen))
-        domains = list(dict.fromkeys(row.measured_on for row in chosen))
         lines = [[row for row in chosen if row.plan_from == name] for name in plans]
-        first = [line[0].layers[0] for line in lines]
-        panels[f"{rule}, {num_removed} layers removed"] = (
-            [
-                f"{name} ({start}-{start + num_removed})"
-                for name, start in zip(plans, first, strict=True)
-            ],
-            domains,
+        panels[f"{rule}, {num_removed} layers removed, refitted on {refit}"] = (
+            [f"{line[0].plan_from} ({line[0].groups})" for line in lines],
+            list(dict.fromkeys(row.measured_on for row in chosen)),
             torch.tensor([[row.increase.value for row in line] for line in lines]),
             [[f"{row.increase.value:.2f}{mark(row)}" for row in line] for line in lines],
         )

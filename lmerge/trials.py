@@ -91,6 +91,16 @@ def _load_wandb() -> Any:
     return sweeps
 
 
+def short_names(params: Mapping[str, Any]) -> dict[str, str]:
+    """Return a name for each option that people recognise: its last parts, as many as it takes."""
+    for num_parts in (1, 2, 3):
+        short = {key: ".".join(key.split(".")[-num_parts:]) for key in params}
+        readable = not any(name.isdecimal() for name in short.values())
+        if readable and len(set(short.values())) == len(short):
+            return short
+    return {key: key for key in params}
+
+
 def metric_name(config: SweepConfig) -> str:
     """Return the name under which the metric is logged."""
     return str(config["metric"]["name"])

@@ -48,5 +48,7 @@ def test_provenance_lists_versions_seed_and_fingerprints(twins: list[Path]) -> N
     plan = json.loads((twins[0] / "plan.json").read_text())
     assert {"lmerge", "torch", "transformers", "git_commit"} <= metrics["provenance"].keys()
     assert {"dev", "val"} <= metrics["fingerprints"].keys()
+    assert metrics["source_fingerprint"] == plan["source"]
+    assert metrics["seeds"] == {"alphas": 0, "data": 0}
     assert len(plan["source"]) == len(plan["calibration"]) == 16
     assert "seed_everything: 7" in (twins[0] / "config.yaml").read_text()

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "lmerge"
 ORDER = (
     "files",
     "folders",
+    "yaml_files",
     "progress",
     "llama",
     "checkpoint",
@@ -51,6 +52,7 @@ ORDER = (
     "sharding",
     "cache",
     "prefix",
+    "grouped",
     "score",
     "indexed",
     "memory",

@@ -17,7 +17,7 @@ def start_two(tiny_dir: Path, run_dir: Path) -> subprocess.Popen[bytes]:
     long = ("--trainer.max_steps=100000", "--trainer.max_epochs=100000", "--model.num_positions=8")
     two = ("--trainer.strategy=ddp", "--trainer.devices=2", "--data.batch_size=1")
     process = start_fit(tiny_dir, run_dir, *long, *two)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while not read_history(run_dir / "logs" / "metrics.csv", "train/loss"):
         assert time.monotonic() < deadline
         assert process.poll() is None
@@ -31,7 +31,7 @@ def test_a_stop_of_the_first_process_ends_both(tiny_dir: Path, tmp_path: Path) -
     both = [psutil.Process(process.pid), *psutil.Process(process.pid).children()]
     assert len(both) == 2
     process.send_signal(signal.SIGTERM)
-    _, alive = psutil.wait_procs(both, timeout=30)
+    _, alive = psutil.wait_procs(both, timeout=60)
     for left in alive:
         left.kill()
     assert alive == []

@@ -20,6 +20,7 @@ from lmerge.trials import (
     propose_optuna,
     propose_wandb,
     read_sweep,
+    short_names,
     to_stop,
 )
 
@@ -137,6 +138,25 @@ def test_the_option_that_decides_is_the_most_important() -> None:
     assert found["a"] == pytest.approx(1)
     assert found["b"] < 0.9
     assert found["c"] == 0
+
+
+@pytest.mark.parametrize(
+    ("keys", "short"),
+    [
+        (["model.alpha.value", "model.lr"], ["value", "lr"]),
+        (["model.alpha.steps.0", "model.alpha.steps.1"], ["steps.0", "steps.1"]),
+        (["a.method", "b.method"], ["a.method", "b.method"]),
+        (["a", "a.1"], ["a", "a.1"]),
+    ],
+)
+def test_options_are_shown_by_names_that_tell_them_apart(keys: list[str], short: list[str]) -> None:
+    assert list(short_names(dict.fromkeys(keys)).values()) == short
+
+
+def test_a_half_written_row_waits(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,loss\n0,0.5\n1,0.1")
+    assert read_history(path, "loss") == [0.5]
 
 
 def test_history_leaves_out_empty_cells(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from lmerge.transfer import (
     mixed_texts,
     question_nats,
     raised,
-    similar_group,
+    similar_groups,
 )
 from lmerge.transfer_data import DomainTexts, domain_texts, key_of, read_sides
 from lmerge.transfer_study import RESULT, SCHEMA, run_transfer
@@ -124,7 +124,7 @@ def test_a_merged_model_scores_from_its_block_as_it_does_as_a_whole() -> None:
     states = raised(model, states, 1)
     prefix = states.blocks["math/en"]
     merged = merged_model(
-        model, Group(members=(1, 2), anchor=1), prefix, held_blocks(len(prefix), 0.2)
+        model, (Group(members=(1, 2), anchor=1),), prefix, held_blocks(len(prefix), 0.2)
     )
     found = question_nats(merged, states, batches)
     close(found, reference(merged, texts))
@@ -134,27 +134,27 @@ def test_a_merged_model_scores_from_its_block_as_it_does_as_a_whole() -> None:
 def test_a_measure_that_is_defined_nowhere_makes_no_plan() -> None:
     states = torch.randn(4, 1, 6).expand(4, 9, 6)
     with pytest.raises(ValueError, match=r"^`gaussian_nmi` must be defined for some [^\n]*$"):
-        similar_group(states, "gaussian_nmi", 1, InformationConfig())
+        similar_groups(states, "gaussian_nmi", 1, InformationConfig())
 
 
 def test_an_undefined_pair_is_never_the_most_alike() -> None:
     states = torch.randn(5, 9, 6, generator=torch.Generator().manual_seed(0))
     states[1] = states[0]  # the most alike pair
     config = InformationConfig(sigma=2.0)
-    assert similar_group(states, "gaussian_nmi_bounded", 1, config).start == 0
+    assert similar_groups(states, "gaussian_nmi_bounded", 1, config)[0].start == 0
     states[1] = states[1, :1]  # no map any more
-    assert similar_group(states, "gaussian_nmi_bounded", 1, config).start == 2
+    assert similar_groups(states, "gaussian_nmi_bounded", 1, config)[0].start == 2
 
 
 def test_regret_is_the_distance_from_the_home_plan_and_0_for_equal_plans() -> None:
-    low, high = Group(members=(0, 1), anchor=0), Group(members=(1, 2), anchor=1)
+    low, high = (Group(members=(0, 1), anchor=0),), (Group(members=(1, 2), anchor=1),)
     plans = {("cka", 1, "a/en"): low, ("cka", 1, "b/en"): high, ("cka", 1, MIXED): low}
     tokens = {"a/en": [10.0, 10.0], "b/en": [20.0, 20.0]}
     source = {"a/en": [10.0, 30.0], "b/en": [20.0, 20.0]}
     worse = {"a/en": [20.0, 40.0], "b/en": [40.0, 40.0]}
     models = {(low, "a/en"): source, (high, "b/en"): worse}
     models |= {(low, MIXED): source, (high, MIXED): source}
-    rows = transfer_rows(plans, models, source, tokens, seed=0)
+    rows = transfer_rows(plans, models, source, tokens, refits=["own", "mixed"], seed=0)
     by_key = {(r.refit, r.plan_from, r.measured_on): r for r in rows}
     assert by_key["own", "b/en", "a/en"].increase.value == pytest.approx(1)
     assert by_key["own", "b/en", "a/en"].regret.value == pytest.approx(1)
@@ -222,7 +222,7 @@ def test_a_rule_is_added_without_computing_the_others_again(
     options: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_transfer(**{**options, "rules": ["block_repaired"]})  # type: ignore[arg-type]
-    monkeypatch.setattr(transfer_cells, "search_plan", None)
+    monkeypatch.setattr(transfer_cells, "repaired_blocks_of", None)
     run_transfer(**options)  # type: ignore[arg-type]
     data = read_json(options["out_dir"] / RESULT, schema=SCHEMA)  # type: ignore[operator]
     assert {row["rule"] for row in data["rows"]} == {"angular", "block_repaired"}
@@ -243,6 +243,8 @@ def test_a_folder_of_something_else_is_never_touched(options: dict[str, object])
     [
         ("rules", []),
         ("rules", ["tail"]),
+        ("refits", ["all"]),
+        ("domains", ["math"]),
         ("num_removed", []),
         ("num_removed", [0]),
         ("num_removed", [4]),

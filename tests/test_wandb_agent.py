@@ -44,7 +44,7 @@ def wandb(stub: Stub, folder: Path, *args: str) -> str:
     env |= {"PYTHONPATH": str(ROOT), "WANDB_ERROR_REPORTING": "false", "WANDB_DIR": str(folder)}
     done = subprocess.run(
         [str(bin_dir / "wandb"), *args],
-        cwd=folder, env=env, text=True, timeout=90,
+        cwd=folder, env=env, text=True, timeout=240,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout

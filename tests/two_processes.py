@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-TIMEOUT = 150
+TIMEOUT = 400
 
 
 def run_in_two(*commands: Sequence[str | Path]) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from lmerge.data.records import Split
+from lmerge.files import one_line
 
 
 class Readable(Protocol):
@@ -137,9 +138,9 @@ def dataset_rows(
 
 def number_rows(rows: Iterable[Row]) -> Iterator[Row]:
     """Give each row without an id the id `subject/split/n`, n counting inside its language."""
-    counters: dict[tuple[object, ...], Iterator[int]] = {}
+    counters: dict[tuple[str, ...], Iterator[int]] = {}
     for where, fields in rows:
-        key = tuple(fields.get(name) for name in ("subject", "split", "language"))
+        key = tuple(str(fields.get(name)) for name in ("subject", "split", "language"))
         number = next(counters.setdefault(key, count()))
         yield Row(where, {"id": f"{key[0]}/{key[1]}/{number}", **fields})
 
@@ -161,9 +162,10 @@ def parse_object(line: str, where: str) -> dict[str, object]:
     """Return the JSON object on one line."""
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", one_line(error))
         raise ValueError(
-            f"{where}: a line must be a JSON object, got {show(line)} ({error.msg}); correct it."
+            f"{where}: a line must be a JSON object, got {show(line)} ({reason}); correct it."
         ) from error
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: a line must be a JSON object, got {show(entry)}; correct it.")
