@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -154,9 +155,9 @@ def main() -> None:
     source = rows["source", "source", "", True]
     print(f"Source: loss {mean(source['loss']):.3f} on {len(source['loss'])} blocks, "
           f"{right_text(rows, ('source', 'source', '', True))} right\n")  # fmt: skip
-    for repair in (False, True):
-        print(f"### Pairs, loss, {'repaired' if repair else 'as merged'}\n")
-        print("\n".join(depth_table(rows, "loss", repair=repair)), "\n")
+    for measure, repair in product(("loss", "kl"), (False, True)):
+        print(f"### Pairs, {measure}, {'repaired' if repair else 'as merged'}\n")
+        print("\n".join(depth_table(rows, measure, repair=repair)), "\n")
     print("### Loss minus that of the folded average\n")
     print("\n".join(differences(rows)), "\n")
     for plan in dict.fromkeys(key[0] for key in rows):

@@ -46,7 +46,7 @@ class HungarianAlignment(Callback):
         num_blocks: Calibration blocks for `activations` and `both`; at least 1.
         temperature: Of `soft`, in units of the neuron similarity; above 0, near 0 is `weights`.
         num_jobs: Pairs that are aligned at the same time, in processes; at least 1. Each needs
-            memory for one pair: about 1.5 GiB beside the weights for 14,336 neurons.
+            memory for one pair: for 14,336 neurons by weights 1 GiB beside the weights.
     """
 
     def __init__(

@@ -93,15 +93,16 @@ def _has_fast_integers() -> bool:
 
 def _rows(layer: LayerTensors, name: str) -> Rows:
     row_FD = neuron_rows(layer, name).contiguous()
-    norms = [rows_BD.float().norm(dim=1) for rows_BD in row_FD.split(BLOCK)]
-    return Rows(row_FD, torch.cat(norms).clamp(min=1e-30))
+    norm_F = torch.linalg.vector_norm(row_FD, dim=1, dtype=torch.float32)
+    return Rows(row_FD, norm_F.clamp(min=1e-30))
 
 
 def _codes(rows: Rows, part: slice) -> Codes:
-    row_BD = rows.row_FD[part].float()
-    largest_B = row_BD.abs().amax(dim=1).clamp(min=1e-30)
-    code_BD = (row_BD * (127 / largest_B[:, None])).round_().to(torch.int8)
-    return Codes(code_BD, largest_B / 127 / rows.norm_F[part])
+    row_BD = rows.row_FD[part]
+    largest_B = torch.linalg.vector_norm(row_BD, torch.inf, dim=1, dtype=torch.float32)
+    step_B = largest_B.clamp(min=1e-30) / 127
+    code_BD = (row_BD * (1 / step_B)[:, None]).round_().to(torch.int8)
+    return Codes(code_BD, step_B / rows.norm_F[part])
 
 
 def _all_codes(rows: Rows) -> Codes:
