@@ -90,10 +90,10 @@ class Study:
                 cell = {"groups": [[list(g.members), g.anchor] for g in groups]}
                 write_json(paths[num_removed], cell, schema=SCHEMA)
             for num_removed, path in paths.items():
-                cell = read_json(path, schema=SCHEMA)
+                found = read_json(path, schema=SCHEMA)
                 self.plans[rule, num_removed, name] = tuple(
                     Group(members=tuple(members), anchor=anchor)
-                    for members, anchor in cell["groups"]
+                    for members, anchor in found["groups"]
                 )
 
     def _groups(
