@@ -30,7 +30,7 @@ demo: setup  ## Merge 3 of the 30 layers of SmolLM2-135M, evaluate, export to ru
 	$(BIN)/lmerge fit --config configs/demo.yaml --overwrite=true
 
 test: setup  ## Run the whole test suite, with the real model
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: setup  ## Check format, lint and types
 	$(BIN)/ruff format --check .
