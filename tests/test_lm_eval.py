@@ -65,6 +65,7 @@ def asked() -> StageData:
         max_questions=NUM_QUESTIONS,
         calibration_text=None,
         eval_text=None,
+        last_word=None,
     )
 
 
