@@ -24,7 +24,8 @@ from lmerge.data.records import ChoiceBatch, Scoring, TextBatch
 from lmerge.data.text import block_batches, read_texts, text_batches
 from lmerge.files import provenance, read_json, write_json
 from lmerge.llama import num_layers
-from lmerge.plan import Group, MergePlan, plan_from_dict, plan_to_dict
+from lmerge.plan import Group, MergePlan
+from lmerge.runs import read_plan, write_plan
 from lmerge.search import Costs, SearchMethod
 from lmerge.source import model_fingerprint
 from lmerge.yardstick import Yardstick
@@ -113,10 +114,14 @@ class Bench:
 
     def path(self, method: MethodConfig, num_removed: int) -> Path:
         """Return where a cell is kept: its name tells what it depends on."""
-        told = json.dumps([self.setting, asdict(method), num_removed], sort_keys=True)
-        digest = hashlib.sha256(told.encode()).hexdigest()[:8]
+        digest = self._digest(asdict(method), num_removed)
         title = "".join(c if c.isalnum() else "_" for c in method.title)
         return self.run_dir / "cells" / f"{title}-{num_removed}-{digest}.json"
+
+    def _digest(self, *told: object) -> str:
+        """Return hex digits of the setting and of what else a file depends on."""
+        text = json.dumps([self.setting, *told], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def has(self, method: MethodConfig, num_removed: int) -> bool:
         """Return whether a cell was computed before."""
@@ -165,17 +170,15 @@ class Bench:
 
     def _groups(self, method: SearchMethod, num_removed: int) -> tuple[Group, ...]:
         """Return the plan of a search; it is kept in the run folder for other rows and calls."""
-        told = json.dumps([self.setting, method, num_removed], sort_keys=True)
-        digest = hashlib.sha256(told.encode()).hexdigest()[:8]
+        digest = self._digest(method, num_removed)
         path = self.run_dir / "plan" / f"{method}-{num_removed}-{digest}.json"
         if path.is_file():
-            data = read_json(path, schema=SCHEMA)
-            return plan_from_dict({k: v for k, v in data.items() if k != "schema"}).groups
+            return read_plan(path).groups
         groups = self.planner().groups(method, num_removed)
         self._save_costs()
         depth = num_layers(self.source)
         plan = MergePlan(num_layers=depth, groups=groups, method=method)
-        write_json(path, plan_to_dict(plan), schema=SCHEMA)
+        write_plan(path.parent, plan, path)
         return groups
 
     def calibration(self) -> tuple[Tensor, Tensor, dict[str, str]]:
@@ -220,9 +223,7 @@ class Bench:
         return self._planner
 
     def _costs_path(self) -> Path:
-        told = json.dumps([self.setting, self.most_removed], sort_keys=True)
-        digest = hashlib.sha256(told.encode()).hexdigest()[:8]
-        return self.run_dir / "plan" / f"costs-{digest}.json"
+        return self.run_dir / "plan" / f"costs-{self._digest(self.most_removed)}.json"
 
     def _known_costs(self) -> Costs:
         path = self._costs_path()

@@ -84,9 +84,9 @@ class Repair(Callback):
             return
         if trainer.is_global_zero:
             repair_and_heal(module, self.config, self.heal)
-        module.merged.set_refits(trainer.strategy.broadcast(module.merged.refits()))
-        for position, tensors in trainer.strategy.broadcast(module.merged.kept_refits).items():
-            module.merged.refit_layer(position, tensors)
+        merged = module.merged
+        found = trainer.strategy.broadcast((merged.refits(), merged.kept_refits))
+        merged.set_refits(*found)
 
 
 def repair_and_heal(module: AlphaModule, config: RepairConfig, healing: HealConfig) -> None:

@@ -180,10 +180,7 @@ def _check(out: Path, source: str, dtype: Dtype, state: RunState, out_dtype: tor
             for layer, alphas in zip(merged.merged_layers(), state.alphas, strict=True)
         ]
     )
-    if state.refits is not None:
-        merged.set_refits(state.refits)
-    for position, tensors in state.kept_refits.items():
-        merged.refit_layer(position, tensors)
+    merged.set_refits(state.refits, state.kept_refits)
     plain = merged.plain()
     for parameter in plain.parameters():  # not `to`, which would round the rotary frequencies too
         parameter.data = parameter.data.to(out_dtype)

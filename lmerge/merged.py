@@ -256,11 +256,23 @@ class MergedLlama(nn.Module):
         """Return the refitted matrices of each group."""
         return [dict(layer.refits) for layer in self.merged_layers()]
 
-    def set_refits(self, refits: Sequence[dict[str, Tensor]]) -> None:
-        """Put refitted matrices in the place of the merged ones."""
-        for layer, group in zip(self.merged_layers(), refits, strict=True):
+    def set_refits(
+        self,
+        refits: Sequence[dict[str, Tensor]] | None,
+        kept_refits: Mapping[int, LayerTensors] | None = None,
+    ) -> None:
+        """Put refitted tensors in the place of the merged ones, and of those of other layers.
+
+        Args:
+            refits: The tensors of each group; None for none.
+            kept_refits: Those of layers in no group, by position in the merged model.
+        """
+        layers = self.merged_layers() if refits is not None else ()
+        for layer, group in zip(layers, refits or (), strict=True):
             for name, weight in group.items():
                 layer.refit(name, weight)
+        for position, tensors in (kept_refits or {}).items():
+            self.refit_layer(position, tensors)
 
     def refit_layer(self, position: int, tensors: LayerTensors) -> None:
         """Put refitted tensors in the place of those of any layer; the source is untouched.

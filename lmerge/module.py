@@ -214,10 +214,7 @@ class AlphaModule(SideBySide):
         self.merged = MergedLlama(self.source, state.plan, state.orders, self.alpha, similarity_LL)
         if state.alphas is not None:
             self.merged.set_alphas(state.alphas)
-        if state.refits is not None:
-            self.merged.set_refits(state.refits)
-        for position, tensors in state.kept_refits.items():
-            self.merged.refit_layer(position, tensors)
+        self.merged.set_refits(state.refits, state.kept_refits)
         if self.device_mesh is not None:
             held = shard_layers(self.source, self.merged, self.device_mesh)
             if self.trainer.is_global_zero:

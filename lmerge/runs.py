@@ -150,64 +150,49 @@ def write_refits(
     write_tensors(run_dir / "repair.safetensors", tensors, metadata)
 
 
-def read_refits(path: Path, alphas: list[Alphas]) -> Refits | None:
-    """Read repair.safetensors; None, and a warning, when it belongs to other alphas.
+def read_refits(
+    path: Path, alphas: list[Alphas], num_positions: int
+) -> tuple[Refits | None, KeptRefits]:
+    """Read repair.safetensors; nothing, and a warning, when it belongs to other alphas.
+
+    Args:
+        path: The file.
+        alphas: Alphas of each group.
+        num_positions: Layers of the merged model.
 
     Raises:
-        ValueError: One line when an entry is not a matrix of one of the groups.
+        ValueError: One line when an entry is not a tensor of one of the groups or layers.
     """
     tensors, metadata = read_tensors(path)
     if metadata.get("alphas") != alphas_fingerprint(alphas):
         logger.warning("%s was fitted to other alphas, so it is left out", path)
-        return None
+        return None, {}
     refits: Refits = [{} for _ in alphas]
-    places = {f"{i}.{name}": (i, name) for i in range(len(alphas)) for name in PATHS}
-    for key, weight in tensors.items():
-        if key.startswith("kept."):
-            continue
-        if key not in places or weight.ndim != (1 if _is_vector(key) else 2):
-            raise ValueError(
-                f"{path} must hold matrices of the {len(alphas)} groups, such as '0.down_proj', "
-                f"got {key!r} of shape {list(weight.shape)}. Repair again."
-            )
-        group, name = places[key]
-        refits[group][name] = weight
-    return refits
-
-
-def _is_vector(key: str) -> bool:
-    return key.rpartition(".")[2] not in MATRICES
-
-
-def read_kept_refits(path: Path, alphas: list[Alphas], num_positions: int) -> KeptRefits:
-    """Read the refits of layers in no group from repair.safetensors; none for other alphas.
-
-    Raises:
-        ValueError: One line when an entry is not a tensor of one of the layers.
-    """
-    tensors, metadata = read_tensors(path)
     kept: KeptRefits = {}
-    if metadata.get("alphas") != alphas_fingerprint(alphas):
-        return kept
-    places = {f"kept.{i}.{name}": (i, name) for i in range(num_positions) for name in PATHS}
+    groups = {f"{i}.{name}": (i, name) for i in range(len(alphas)) for name in PATHS}
+    layers = {f"kept.{i}.{name}": (i, name) for i in range(num_positions) for name in PATHS}
+    known = groups | layers
     for key, weight in tensors.items():
-        if not key.startswith("kept."):
-            continue
-        if key not in places or weight.ndim != (1 if _is_vector(key) else 2):
+        is_vector = key.rpartition(".")[2] not in MATRICES
+        if key not in known or weight.ndim != (1 if is_vector else 2):
             raise ValueError(
-                f"{path} must hold tensors of the {num_positions} layers, such as "
-                f"'kept.0.down_proj', got {key!r} of shape {list(weight.shape)}. Repair again."
+                f"{path} must hold tensors of the {len(alphas)} groups, such as '0.down_proj', or "
+                f"of the {num_positions} layers, such as 'kept.0.down_proj', got {key!r} of shape "
+                f"{list(weight.shape)}. Repair again."
             )
-        position, name = places[key]
-        kept.setdefault(position, {})[name] = weight
-    return kept
+        if key in groups:
+            group, name = groups[key]
+            refits[group][name] = weight
+        else:
+            position, name = layers[key]
+            kept.setdefault(position, {})[name] = weight
+    return refits, kept
 
 
 def _add_refits(state: RunState, path: Path) -> None:
     if state.alphas is not None and path.is_file():
-        state.refits = read_refits(path, state.alphas)
         num_positions = state.plan.num_layers - state.plan.num_removed
-        state.kept_refits = read_kept_refits(path, state.alphas, num_positions)
+        state.refits, state.kept_refits = read_refits(path, state.alphas, num_positions)
 
 
 def read_run(run_dir: Path) -> RunState:

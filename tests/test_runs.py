@@ -277,11 +277,15 @@ def test_alphas_without_a_list_of_groups_are_one_line(tmp_path: Path, groups: ob
 
 # Refits.
 
+NUM_KEPT = PLAN.num_layers - PLAN.num_removed
+
 
 def test_refits_survive_their_file(tmp_path: Path) -> None:
     refits, alphas = random_refits(), random_alphas()
     write_refits(tmp_path, refits, alphas)
-    assert equal(read_refits(tmp_path / "repair.safetensors", alphas), refits)
+    found, kept = read_refits(tmp_path / "repair.safetensors", alphas, NUM_KEPT)
+    assert equal(found, refits)
+    assert kept == {}
 
 
 def test_refits_belong_to_their_alphas(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -289,7 +293,7 @@ def test_refits_belong_to_their_alphas(tmp_path: Path, caplog: pytest.LogCapture
     changed = random_alphas()
     changed[1]["q_proj"][0, 0] += 1e-35
     with caplog.at_level(logging.WARNING):
-        assert read_refits(tmp_path / "repair.safetensors", changed) is None
+        assert read_refits(tmp_path / "repair.safetensors", changed, NUM_KEPT) == (None, {})
     assert "repair.safetensors" in caplog.text
 
 
@@ -321,7 +325,7 @@ def test_malformed_refits_are_one_line_that_names_the_file(
     metadata = {"alphas": alphas_fingerprint(alphas)}
     write_tensors(tmp_path / "repair.safetensors", {name: weight}, metadata)
     with pytest.raises(ValueError, match=ONE_LINE % r"repair\.safetensors"):
-        read_refits(tmp_path / "repair.safetensors", alphas)
+        read_refits(tmp_path / "repair.safetensors", alphas, NUM_KEPT)
 
 
 # Whole runs and checkpoints.
