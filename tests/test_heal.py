@@ -9,9 +9,10 @@ from transformers import PreTrainedModel
 
 from lmerge.alphas import AlphaConfig
 from lmerge.cache import StateCache, cache_states
-from lmerge.heal import HealConfig, HealMethod, ScaledLayer, heal, held_kl
+from lmerge.heal import HealConfig, HealMethod, heal, held_kl
 from lmerge.llama import decoder_layers, num_layers, span, with_layers, with_tensors
 from lmerge.merged import MergedLlama
+from lmerge.trained_layers import ScaledLayer
 
 PLAN = plan_of([1, 2])
 HELD = torch.arange(24) % 4 == 3

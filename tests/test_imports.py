@@ -75,6 +75,7 @@ ORDER = (
     "checkpoints",
     "losses",
     "objective",
+    "trained_layers",
     "heal",
     "compose",
     "estimate",
