@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
-import re
-import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -14,7 +11,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from jsonargparse import ActionConfigFile, set_parsing_settings  # type: ignore[attr-defined]
@@ -32,7 +29,9 @@ from lmerge.estimate import Work, duration, estimate_seconds, measure_speed
 from lmerge.files import write_text
 from lmerge.gate import EXIT_CODE, GateConfig
 from lmerge.module import AlphaModule
+from lmerge.parser import COMMANDS, Parser
 from lmerge.planning import PlanningTrainer
+from lmerge.run_folder import prepare_run_dir, remove_run
 from lmerge.search import SEARCHES
 from lmerge.stopping import StopTogether
 from lmerge.yaml_files import check_yaml
@@ -40,70 +39,6 @@ from lmerge.yaml_files import check_yaml
 logger = logging.getLogger(__name__)
 
 WandbMode = Literal["offline", "online", "disabled"]
-
-OWN_FILES = (
-    "config.yaml",
-    "plan.json",
-    "plan",
-    "orders.safetensors",
-    "alphas.json",
-    "repair.safetensors",
-    "metrics.json",
-    "similarity",
-    "alignment",
-    "checkpoints",
-    "logs",
-    "model",
-    "cache",
-    "journal",
-)
-"""What a run leaves in its folder; a new run in the same folder starts by removing it."""
-
-RENAMED = {"num_merges": "num_removed", "num_layers_removed": "num_removed"}
-"""Names that people try, and what the option is called here."""
-
-
-class Parser(LightningArgumentParser):
-    """A parser that takes no abbreviations and reports an error in one line with a hint."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("allow_abbrev", False)
-        super().__init__(*args, **kwargs)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        parser = getattr(ex, "subcommand_parser", None) or self
-        line = " ".join(message.split())
-        sys.stderr.write(f"lmerge: error: {line}{_hint(parser, line)}\n")
-        sys.exit(2)
-
-
-def _hint(parser: Any, message: str) -> str:
-    """Return a `did you mean` for the first unknown option in a message."""
-    typed = re.search(r"subcommand: invalid choice: '(\w+)' \(choose from (.*)\)", message)
-    if typed is not None:
-        known = [*re.findall(r"\w+", typed[2]), *COMMANDS]
-        close = difflib.get_close_matches(typed[1], known, n=1)
-        return f" Did you mean `lmerge {close[0]}`?" if close else ""
-    match = re.search(
-        r"(?:[Uu]nrecognized arguments: (?:--)?|[Kk]ey ['\"]?|option ['\"])([\w.]+)", message
-    )
-    if match is None:
-        return ""
-    key = match[1]
-    stem, _, leaf = key.rpartition(".")
-    options = list(_option_names(parser))
-    wanted = f"{stem}.{RENAMED[leaf]}".lstrip(".") if leaf in RENAMED else key
-    close = difflib.get_close_matches(wanted, options, n=1, cutoff=0.6)
-    close = close or [name for name in options if name.rpartition(".")[2] == leaf][:1]
-    return f" Did you mean `--{close[0]}`?" if close else ""
-
-
-def _option_names(parser: Any) -> set[str]:
-    names = {s[2:] for a in parser._actions for s in a.option_strings if s.startswith("--")}
-    subcommands = getattr(parser, "_subcommands_action", None)
-    for subparser in subcommands._name_parser_map.values() if subcommands else ():
-        names |= _option_names(subparser)
-    return names
 
 
 class WriteConfig(SaveConfigCallback):
@@ -276,38 +211,6 @@ def check_epochs(max_epochs: int | None) -> None:
         )
 
 
-@rank_zero_only
-def prepare_run_dir(run_dir: Path, *, overwrite: bool) -> None:
-    """Check that a run folder can be made.
-
-    Raises:
-        ValueError: When it exists and may not be replaced, or cannot be written.
-    """
-    parent = next(p for p in (run_dir, *run_dir.parents) if p.exists() or p == run_dir.parents[-1])
-    dead_link = run_dir.is_symlink() and not run_dir.exists()
-    if dead_link or not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(
-            f"`--run_dir` must lie in a folder that can be written, got {run_dir}. "
-            "Choose another folder."
-        )
-    if run_dir.exists() and any(run_dir.iterdir()) and not overwrite:
-        raise ValueError(
-            f"run folder {run_dir} exists already. Choose another `--run_dir`, replace it with "
-            "`--overwrite=true`, or resume with `--ckpt_path`."
-        )
-
-
-@rank_zero_only
-def remove_run(run_dir: Path) -> None:
-    """Delete the artefacts of an earlier run, and nothing that lmerge did not write."""
-    for name in OWN_FILES:
-        path = run_dir / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
 def _quiet() -> None:
     """Keep to what a user can act on."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -322,20 +225,6 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # as it must be
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     warnings.filterwarnings("ignore", ".*jsonargparse.*")
-
-
-COMMANDS: dict[str, tuple[str, str]] = {
-    "compare": ("lmerge.compare", "compare"),
-    "similarity": ("lmerge.similarity_study", "run_similarity"),
-    "transfer": ("lmerge.transfer_study", "run_transfer"),
-    "sweep": ("lmerge.sweep", "sweep"),
-    "export": ("lmerge.export_run", "export"),
-    "diff": ("lmerge.diff", "diff"),
-}
-"""Commands beside fit, validate and test: name -> (module, function), imported when called.
-
-The function's signature gives the options and its docstring their help.
-"""
 
 
 def main(args: list[str] | None = None) -> None:

@@ -113,6 +113,8 @@ ORDER = (
     "sweep_figures",
     "sweep_results",
     "sweep",
+    "run_folder",
+    "parser",
     "cli",
     "__main__",
 )

@@ -7,10 +7,11 @@ import pytest
 import torch
 from jsonargparse import ActionConfigFile
 
-from lmerge.cli import Parser, main
+from lmerge.cli import main
 from lmerge.figures import similarity_figure
 from lmerge.files import read_json
 from lmerge.information import InformationConfig
+from lmerge.parser import Parser
 from lmerge.similarity import MEASURES
 from lmerge.similarity_study import RESULT, SCHEMA, run_similarity
 
