@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from lmerge.alpha_files import write_alphas
 from lmerge.compose import repair
 from lmerge.cost import measure_costs
 from lmerge.data.tokens import encode
-from lmerge.export import export_model, model_card, verify_export, write_card
+from lmerge.export import model_card, verify_export, write_card
 from lmerge.figures import (
     matching_figure,
     matrices_figure,
@@ -35,12 +36,11 @@ from lmerge.module import AlphaModule
 from lmerge.progress import track
 from lmerge.repair import RepairConfig
 from lmerge.results import Row, group_tables, print_table, table_rows, write_metrics
-from lmerge.runs import (
-    write_orders,
-    write_plan,
-    write_refits,
-)
+from lmerge.runs import write_orders, write_plan, write_refits
 from lmerge.similarity import INFORMATION
+from lmerge.source import checkpoint_folder
+from lmerge.streamed_export import export_streamed
+from lmerge.streamed_merge import StreamedMerge
 
 logger = logging.getLogger(__name__)
 
@@ -271,8 +271,22 @@ class ExportCheckpoint(Callback):
         if module.is_sharded:
             _say_later(module, "exported")
             return
-        data, folder = module.data(), module.run_dir / "model"
-        plain = module.merged.plain()
-        export_model(plain, data.tokenizer, folder, card=card(module, []), overwrite=True)
-        difference = verify_export(folder, plain, data.calibration_blocks()[:1])
-        logger.info("exported to %s; reloaded logits differ by at most %.1e", folder, difference)
+        difference = export_merged(module, module.run_dir / "model")
+        message = "exported to %s; reloaded logits differ by at most %.1e"
+        logger.info(message, module.run_dir / "model", difference)
+
+
+def export_merged(module: AlphaModule, folder: Path) -> float:
+    """Write the merged model of a module from its source on disk, as `lmerge export` does.
+
+    Returns:
+        The largest difference of a logit between the model in memory and the checkpoint.
+    """
+    assert module.state is not None
+    merged, source_dir = module.merged, checkpoint_folder(module.source_name, weights=True)
+    learned = {"alphas": merged.alphas(), "refits": merged.refits()}
+    state = replace(module.state, **learned, kept_refits=merged.kept_refits)
+    streamed = StreamedMerge(source_dir, state, dtype=module.dtype_name)
+    made_for = {"card": card(module, []), "fingerprint": merged.plan.source}
+    export_streamed(source_dir, streamed, folder, **made_for, overwrite=True)
+    return verify_export(folder, merged.plain(), module.data().calibration_blocks()[:1])

@@ -82,6 +82,18 @@ def _held(folder: Path, *, must: bool = False) -> Iterator[None]:
         os.close(descriptor)
 
 
+def check_apart(path: Path, *kept: Path) -> None:
+    """Raise ValueError when a folder or file that is to be replaced is, or holds, one of `kept`."""
+    target = path.expanduser().resolve()
+    for other in kept:
+        found = other.expanduser().resolve()
+        if target == found or target in found.parents:
+            raise ValueError(
+                f"{path} would be replaced, but {other} is read and lies there. Choose another "
+                "path."
+            )
+
+
 def _check_replaceable(path: Path, target: Path, *, overwrite: bool) -> None:
     if not target.exists():
         return

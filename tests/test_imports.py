@@ -95,6 +95,7 @@ ORDER = (
     "compare",
     "export",
     "streamed_export",
+    "gguf_tokenizer",
     "gguf_export",
     "similarity_states",
     "export_run",
