@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.live import Live
 
 from lmerge.figures import save
+from lmerge.history import read_history
 from lmerge.sweep_figures import best_so_far_figure, importance_figure, parallel_figure
-from lmerge.sweep_results import read_history, read_trials, results_table, write_results
+from lmerge.sweep_results import read_trials, results_table, write_results
 from lmerge.trials import (
     ENGINES,
     Engine,

@@ -11,9 +11,9 @@ import yaml
 from cli_run import SMALL
 
 from lmerge.cli import main
+from lmerge.history import read_history
 from lmerge.sweep import trial_command
 from lmerge.sweep_figures import importance
-from lmerge.sweep_results import read_history
 from lmerge.trials import (
     ENGINES,
     Trial,

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from wandb_stub import ENTITY, OPTIONAL, PROJECT, SWEEP, Stub
 
-from lmerge.sweep_results import read_history
+from lmerge.history import read_history
 
 pytest.importorskip("sweeps")
 ROOT = Path(__file__).parents[1]
