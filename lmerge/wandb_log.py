@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -217,26 +216,3 @@ def log_model(loggers: Iterable[Logger], folder: Path, plan: MergePlan) -> None:
         artifact = wandb.Artifact(name, type="model", metadata={**facts, **provenance()})
         artifact.add_dir(str(folder))
         run.log_artifact(artifact)
-
-
-@contextmanager
-def wandb_run(mode: WandbMode, folder: Path, name: str, kind: str, group: str) -> Iterator[Any]:
-    """Yield a W&B run of a command without a Trainer; None where W&B is disabled.
-
-    Args:
-        mode: `offline` writes files in the folder, `online` sends them.
-        folder: Folder of the command's results.
-        name: Name of the run.
-        kind: Its job type.
-        group: Group of the run.
-    """
-    if mode == "disabled" or os.environ.get("WANDB_MODE") == "disabled":
-        yield None
-        return
-    import wandb
-
-    run = wandb.init(project=PROJECT, dir=folder, mode=mode, name=name, job_type=kind, group=group)
-    try:
-        yield run
-    finally:
-        run.finish()

@@ -59,6 +59,12 @@ def page(*runs: Path, **options: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
+@pytest.fixture(scope="module")
+def html(run_dir: Path) -> str:
+    """The page of the run as it is."""
+    return page(run_dir)
+
+
 def sections(html: str) -> set[str]:
     return {str(a["id"]) for tag, a in Page(html).elements if tag == "section" and "id" in a}
 
@@ -71,18 +77,17 @@ def test_every_fit_ends_with_a_report_of_all_sections(run_dir: Path) -> None:
     assert len(html) < 3e6
 
 
-def test_a_page_loads_nothing(run_dir: Path) -> None:
-    found = Page(page(run_dir))
+def test_a_page_loads_nothing(html: str) -> None:
+    found = Page(html)
     used = {name for _, attrs in found.elements for name in attrs}
     assert not used & LOADING
     assert all(value.startswith(("#", "data:")) for value in found.values("href"))
-    html = page(run_dir)
     assert "default-src 'none'" in html
     assert not re.search(r"@import|url\((?!#)|https?://", html)
 
 
-def test_ids_of_a_page_are_unique_and_its_links_have_targets(run_dir: Path) -> None:
-    found = Page(page(run_dir))
+def test_ids_of_a_page_are_unique_and_its_links_have_targets(html: str) -> None:
+    found = Page(html)
     ids = found.values("id")
     assert len(set(ids)) == len(ids)
     assert {v[1:] for v in found.values("href") if v.startswith("#")} <= set(ids)
@@ -105,8 +110,8 @@ def test_what_models_write_is_escaped(copied: Path) -> None:
     assert "<script>config" not in html
 
 
-def test_the_table_holds_cost_intervals_and_gate(run_dir: Path) -> None:
-    text = Page(page(run_dir)).text
+def test_the_table_holds_cost_intervals_and_gate(run_dir: Path, html: str) -> None:
+    text = Page(html).text
     results = json.loads((run_dir / "metrics.json").read_text())["validate"]
     for model in ("source", "merged"):
         assert f"{results['text']['en'][model]['loss']:.3f}" in text
@@ -115,13 +120,13 @@ def test_the_table_holds_cost_intervals_and_gate(run_dir: Path) -> None:
     assert "perplexity ratio on en text" in text
 
 
-def test_the_sentence_says_what_was_removed_and_what_it_cost(run_dir: Path) -> None:
+def test_the_sentence_says_what_was_removed_and_what_it_cost(run_dir: Path, html: str) -> None:
     record = read_record(run_dir, "tiny")
     said = sentence(record, record.stages["validate"])
     both = record.stages["validate"]["text"]["en"]
     assert said.startswith("2 of the 4 layers of ")
     assert f"from {both['source']['loss']:.3f} to {both['merged']['loss']:.3f}" in said
-    assert said in Page(page(run_dir)).text
+    assert said in Page(html).text
 
 
 def test_differences_by_subject_are_those_of_the_accuracies(run_dir: Path) -> None:
@@ -168,8 +173,11 @@ def test_alphas_are_logged_from_their_start_on(run_dir: Path) -> None:
     assert [step for step, _ in points] == [0, 1, 2, 3]
 
 
-def test_several_runs_stand_side_by_side_with_paired_tests(run_dir: Path, copied: Path) -> None:
-    html = page(run_dir, copied)
+def test_several_runs_stand_side_by_side_with_paired_tests(
+    run_dir: Path, copied: Path, html: str
+) -> None:
+    alone, html = html, page(run_dir, copied)
+    assert html.count('class="heatmap"') == alone.count('class="heatmap"')  # equal ones once
     assert "pairs" in sections(html)
     heads = [a["class"] for tag, a in Page(html).elements if tag == "th" and "class" in a]
     assert heads.count("run") == 2
@@ -185,10 +193,6 @@ def test_runs_on_different_data_keep_their_own_source_column(run_dir: Path, copi
     html = page(run_dir, copied)
     assert "different data" in html
     assert "Not comparable" in html
-
-
-def test_equal_heatmaps_of_several_runs_appear_once(run_dir: Path, copied: Path) -> None:
-    assert page(run_dir, copied).count('class="heatmap"') == page(run_dir).count('class="heatmap"')
 
 
 def test_a_study_adds_its_matrices_by_domain_and_language(
@@ -223,9 +227,7 @@ def test_a_folder_that_is_no_run_is_refused_in_one_line(
     assert "holds no plan.json" in capsys.readouterr().err
 
 
-def test_a_damaged_matrix_costs_a_line_and_not_the_run(
-    tiny_dir: Path, tmp_path: Path, copied: Path
-) -> None:
+def test_a_damaged_matrix_is_refused_in_one_line(copied: Path) -> None:
     (copied / "similarity" / "all.npy").write_text("no matrix")
     with pytest.raises(ValueError, match=r"all\.npy must be a matrix"):
         page(copied)
