@@ -47,15 +47,16 @@ def log_cells(run: Any, rows: Sequence[Row], cells: Sequence[Cell]) -> None:
     """
     import wandb
 
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    table = wandb.Table(columns=names, data=[[row.get(name) for name in names] for row in rows])
-    head = ["method", "removed", "loss above the source", "M parameters"]
+    names: list[str | int] = list(dict.fromkeys(name for row in rows for name in row))
+    data = [[row.get(str(name)) for name in names] for row in rows]
+    table = wandb.Table(columns=names, data=data)
+    head: list[str | int] = ["method", "removed", "loss above the source", "M parameters"]
     points = wandb.Table(columns=head, data=[_point(cell) for cell in cells])
     title = "Loss above the source on held-out texts (nats/token)"
     run.log(
         {
             "compare/cells": table,
-            "compare/loss": wandb.plot.scatter(points, head[3], head[2], title=title),
+            "compare/loss": wandb.plot.scatter(points, str(head[3]), str(head[2]), title=title),
             "compare/pareto": wandb.Image(pareto_figure(cells)),
         }
     )
