@@ -42,7 +42,7 @@ class Change(NamedTuple):
 
 
 def plan_figure(plan: MergePlan, alphas: Sequence[Alphas] | None = None) -> Figure:
-    """Return which source layers (left) became which merged layers (right), with mean alphas.
+    """Return which source layers (left) became which merged layers (right), with their alphas.
 
     Neighbours that stay as they are share a box. A link is as wide as the member's mean alpha.
     """
@@ -62,7 +62,7 @@ def plan_figure(plan: MergePlan, alphas: Sequence[Alphas] | None = None) -> Figu
     for group in plan.groups:
         _draw_group(axis, group, plan.position(group), heights, shares)
     titles = {LEFT: "source layer", RIGHT: "merged layer"}
-    titles |= {(LEFT + RIGHT) / 2: "mean alpha"} if shares else {}
+    titles |= {(LEFT + RIGHT) / 2: "alpha (90%)"} if shares else {}
     for x, title in titles.items():
         axis.text(x + BOX_WIDTH / 2, 0.95, title, ha="center", va="center", fontweight="bold")
     axis.set(xlim=(-0.1, RIGHT + BOX_WIDTH + 0.1), ylim=(-len(rows) + 0.4, 1.3))
@@ -100,13 +100,18 @@ def _draw_group(
         _link(axis, heights[i], middle, width, colour)
         _box(axis, LEFT, heights[i], f"{i} anchor" if i == group.anchor else str(i), colour)
         if share is not None:
-            text = f"{round(share.mean, 2) + 0.0:.2f}"  # no -0.00
-            axis.text(LEFT + BOX_WIDTH + 0.1, heights[i] + 0.2, text, fontsize=9)
+            axis.text(LEFT + BOX_WIDTH + 0.1, heights[i] + 0.2, _share(share), fontsize=9)
     _box(axis, RIGHT, middle, str(position), BLUE)
 
 
+def _share(share: Spread) -> str:
+    """Return a mean alpha, and where 90% of the alphas lie if they differ."""
+    mean, low, high = (f"{round(value, 2) + 0.0:.2f}" for value in share)  # no -0.00
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
 def _link(axis: Axes, start: float, stop: float, width: float, colour: str) -> None:
-    x = [LEFT + BOX_WIDTH, LEFT + BOX_WIDTH + 0.9, RIGHT]
+    x = [LEFT + BOX_WIDTH, LEFT + BOX_WIDTH + 1.55, RIGHT]
     axis.plot(x, [start, start, stop], color=colour, linewidth=width, zorder=0, alpha=0.8)
 
 
