@@ -203,8 +203,9 @@ def heatmap_figure(
     matrix_LL: Tensor, limits: tuple[float, float], label: str, plan: MergePlan
 ) -> Figure:
     """Return one similarity matrix with the plan's groups framed; undefined cells are empty."""
-    figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
-    axis = figure.subplots()
+    # Places that fit, not a layout engine: a page may hold a hundred of these.
+    figure = Figure(figsize=(WIDTH, 3.7))
+    axis, bar = figure.add_axes((0.12, 0.13, 0.7, 0.84)), figure.add_axes((0.84, 0.16, 0.03, 0.78))
     low, high = limits
     image = axis.imshow(
         matrix_LL.numpy(), vmin=low, vmax=high, cmap="viridis", origin="lower", interpolation="none"
@@ -213,7 +214,7 @@ def heatmap_figure(
         corner, width = (group.start - 0.5, group.start - 0.5), len(group.members)
         axis.add_patch(Rectangle(corner, width, width, fill=False, ec="#ff4d4d", lw=1.5))
     axis.set(xlabel="layer", ylabel="layer")
-    figure.colorbar(image, ax=axis, label=label, shrink=0.85)
+    figure.colorbar(image, cax=bar, label=label)
     return figure
 
 

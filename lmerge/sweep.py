@@ -186,7 +186,13 @@ class Runner:
             parts = shlex.split(self.options)
             return [part.replace("{folder}", str(folder)) for part in parts]
         cache = f"--model.cache_dir={self.folder / 'cache'}"
-        return [f"--run_dir={folder}", "--overwrite=true", "--wandb=disabled", cache]
+        return [
+            f"--run_dir={folder}",
+            "--overwrite=true",
+            "--wandb=disabled",
+            "--artefacts.report=false",
+            cache,
+        ]
 
     def _poll(self) -> None:
         for index, process in list(self.running.items()):
