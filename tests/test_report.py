@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 from cli_run import fit, run
+from models import plan_of
 
 from lmerge.history import read_series
 from lmerge.report import write_report
 from lmerge.report_run import read_record, unique_names
 from lmerge.report_table import sentence, subject_changes
+from lmerge.runs import write_plan
 
 LOADING = {"src", "srcset", "poster", "data", "action", "background", "ping"}
 """Attributes that make a browser fetch something; `href` does so on some elements alone."""
@@ -156,6 +158,20 @@ def test_a_section_without_data_is_left_out_with_the_command_that_makes_it(
     html = page(copied)
     assert section not in sections(html)
     assert command in Page(html).text.partition("Not in this report")[2]
+
+
+def test_a_failed_gate_is_said_at_the_top(copied: Path) -> None:
+    path = copied / "metrics.json"
+    data = json.loads(path.read_text())
+    data["validate"]["gate"][0]["passed"] = False
+    path.write_text(json.dumps(data))
+    head = Page(page(copied)).text.partition("What it cost")[0]
+    assert f"failed its gate: {data['validate']['gate'][0]['name']}" in head
+
+
+def test_a_plan_that_merges_nothing_has_a_report(tmp_path: Path) -> None:
+    write_plan(tmp_path, plan_of())
+    assert "0 of the 4 layers" in Page(page(tmp_path)).text
 
 
 def test_a_plan_alone_is_enough_for_a_report(copied: Path, tmp_path: Path) -> None:
