@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jsonargparse import ActionConfigFile, set_parsing_settings  # type: ignore[attr-defined]
@@ -19,7 +19,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import nn
 
 from lmerge.alignment import HungarianAlignment
@@ -31,14 +31,14 @@ from lmerge.gate import EXIT_CODE, GateConfig
 from lmerge.module import AlphaModule
 from lmerge.parser import COMMANDS, Parser
 from lmerge.planning import PlanningTrainer
+from lmerge.positional import add_options
 from lmerge.run_folder import prepare_run_dir, remove_run
 from lmerge.search import SEARCHES
 from lmerge.stopping import StopTogether
+from lmerge.wandb_log import WandbMode, fit_logger
 from lmerge.yaml_files import check_yaml
 
 logger = logging.getLogger(__name__)
-
-WandbMode = Literal["offline", "online", "disabled"]
 
 
 class WriteConfig(SaveConfigCallback):
@@ -123,8 +123,8 @@ class CLI(LightningCLI):
         mode: WandbMode = self._get(self.config_init, "wandb")
         if mode != "disabled" and os.environ.get("WANDB_MODE") != "disabled":
             offline = mode == "offline" and "WANDB_SWEEP_ID" not in os.environ
-            name = f"{run_dir.name}-{self.subcommand}"
-            loggers.append(WandbLogger(name, run_dir, offline=offline, project="lmerge"))
+            config = self.config[str(self.subcommand)].as_dict()
+            loggers.append(fit_logger(config, str(self.subcommand), run_dir, offline=offline))
         return loggers
 
     def _parse_ckpt_path(self) -> None:
@@ -264,7 +264,7 @@ def _run_command(name: str, args: list[str]) -> None:
     command = getattr(import_module(module), function)
     parser = Parser(prog=f"lmerge {name}", description=command.__doc__.partition("\n")[0])
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options.")
-    parser.add_function_arguments(command, as_positional=True, fail_untyped=True)
+    add_options(parser, command)
     options = parser.instantiate_classes(parser.parse_args(args))
     command(**{key: value for key, value in options.items() if key != "config"})
 

@@ -24,8 +24,8 @@ Cell = Mapping[str, Any]
 Row = dict[str, str | float | int | None]
 
 
-def write_tables(run_dir: Path, cells: Sequence[Cell], order: Sequence[str]) -> None:
-    """Write compare.md, compare.csv, compare.json and pareto.png, and print the table.
+def write_tables(run_dir: Path, cells: Sequence[Cell], order: Sequence[str]) -> list[Row]:
+    """Write compare.md, compare.csv, compare.json and pareto.png; print and return the rows.
 
     Args:
         run_dir: Folder of the comparison.
@@ -39,6 +39,7 @@ def write_tables(run_dir: Path, cells: Sequence[Cell], order: Sequence[str]) -> 
     write_json(run_dir / "compare.json", {"rows": rows, "cells": list(cells)}, schema=SCHEMA)
     save(pareto_figure(cells), run_dir / "pareto.png")
     _print(rows)
+    return rows
 
 
 def row_of(cell: Cell, cells: Sequence[Cell]) -> Row:

@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sweep": ("lmerge.sweep", "sweep"),
     "export": ("lmerge.export_run", "export"),
     "diff": ("lmerge.diff", "diff"),
+    "report": ("lmerge.report", "report"),
 }
 """Commands beside fit, validate and test: name -> (module, function), imported when called.
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from models import logits, plan_of
+from offline_run import Offline
 
 from lmerge import compare as module
 from lmerge.alphas import AlphaConfig
@@ -89,7 +90,8 @@ def test_finished_cells_are_not_computed_again(
     finished: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module.Bench, "compute", lambda *_: pytest.fail("computed again"))
-    run(tiny_dir, finished)
+    run(tiny_dir, finished, wandb="offline")
+    assert Offline(finished).summary["compare/cells"]["nrows"] == 8
 
 
 def test_a_comparison_goes_on_where_it_stopped(tiny_dir: Path, tmp_path: Path) -> None:
