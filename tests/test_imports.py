@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "lmerge"
 ORDER = (
     "files",
     "folders",
+    "big_files",
     "yaml_files",
     "progress",
     "history",
