@@ -75,18 +75,16 @@ def depth_table(rows: Rows, measure: str, *, repair: bool) -> list[str]:
 
 
 def removal_table(rows: Rows, plan: str) -> list[str]:
-    """Return a table of one removal plan: loss, KL and accuracy, without and with repair."""
-    head = (
-        "| method | alphas | loss | KL | right | loss, repaired | KL, repaired | right, repaired |"
-    )
-    lines = [head, "|---" * 8 + "|"]
+    """Return a table of one removal plan: loss and KL without and with repair, and accuracy."""
+    head = "| method | alphas | loss | KL | loss, repaired | KL, repaired | right, repaired |"
+    lines = [head, "|---" * 7 + "|"]
     for alphas in ("average", "learned"):
         for method in COLOURS:
             cells = []
             for repair in (False, True):
                 key = (plan, method, alphas, repair)
                 cells += [cell_text(rows, key, name) for name in ("loss", "kl")]
-                cells.append(right_text(rows, key))
+            cells.append(right_text(rows, (plan, method, alphas, True)))
             if any(cells):
                 lines.append(f"| {method} | {alphas} | " + " | ".join(cells) + " |")
     return lines
@@ -155,11 +153,13 @@ def main() -> None:
     source = rows["source", "source", "", True]
     print(f"Source: loss {mean(source['loss']):.3f} on {len(source['loss'])} blocks, "
           f"{right_text(rows, ('source', 'source', '', True))} right\n")  # fmt: skip
-    for measure, repair in product(("loss", "kl"), (False, True)):
+    pairs = [key for key in rows if key[0].replace(",", "").isdigit()]
+    for measure, repair in product(("loss", "kl"), (False, True)) if pairs else ():
         print(f"### Pairs, {measure}, {'repaired' if repair else 'as merged'}\n")
         print("\n".join(depth_table(rows, measure, repair=repair)), "\n")
-    print("### Loss minus that of the folded average\n")
-    print("\n".join(differences(rows)), "\n")
+    if pairs:
+        print("### Loss minus that of the folded average\n")
+        print("\n".join(differences(rows)), "\n")
     for plan in dict.fromkeys(key[0] for key in rows):
         if " " in plan:
             print(f"### {plan}\n")

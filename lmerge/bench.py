@@ -38,8 +38,8 @@ QUESTIONS = "questions"
 CALIBRATION = "calibration"
 """Name of the calibration blocks among the texts, so that overfitting shows."""
 
-BASELINE_TOKENS = 16_384
-"""Calibration tokens that the baselines see; they estimate far fewer numbers than a refit."""
+BASELINE_TOKENS = 65_536
+"""Calibration tokens that the baselines see: each estimates at most D x D numbers from them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,7 @@ COMMANDS: dict[str, Command] = {
     "validate": Command("measure source and merged model side by side again"),
     "test": Command("the same on test questions, once you are done choosing"),
     "export": Command("write a run's model as safetensors or GGUF", "lmerge.export_run:export"),
+    "report": Command("one HTML page of a run, or of several", "lmerge.report:report"),
     "diff": Command("paired tests of two runs on the same data", "lmerge.diff:diff"),
     "compare": Command("methods x budgets, published ones too", "lmerge.compare:compare"),
     "similarity": Command(

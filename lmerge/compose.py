@@ -132,7 +132,13 @@ def repair(
 ) -> None:
     """Refit a merged model in closed form, by the configured method; it is changed in place."""
     if config.method == "deep":
-        num_after = config.num_after
-        refine_layers(source, merged, cache.prefix_BTD, held_B, num_after=num_after)
+        refine_layers(
+            source,
+            merged,
+            cache.prefix_BTD,
+            held_B,
+            num_after=config.num_after,
+            num_epochs=config.num_epochs,
+        )
     else:
         refit_groups(source, merged, cache.prefix_BTD, held_B, config)

@@ -102,6 +102,8 @@ def _repair_seconds(model: PreTrainedModel, work: Work, per_layer: float) -> flo
         num_layers_refitted, cost = 1 + work.repair.num_after, 4 + 2 * gram
     else:
         num_layers_refitted, cost = 1, 2 + gram
+    if work.repair.method == "deep":
+        cost += BACKWARD * work.repair.num_epochs
     return float(work.num_tokens * per_layer * num_layers_refitted * cost)
 
 

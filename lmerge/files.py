@@ -64,8 +64,9 @@ def read_json(path: Path, *, schema: int) -> dict[str, Any]:
         )
     found = data.pop("schema", None)
     if found != schema:
+        short = textwrap.shorten(repr(found), 80, placeholder=" ...")
         raise ValueError(
-            f"{path} must have `schema` {schema}, got {found}. It was written by another version "
+            f"{path} must have `schema` {schema}, got {short}. It was written by another version "
             "of lmerge, or is another kind of file; make it again."
         )
     return data

@@ -28,11 +28,12 @@ from gguf import (
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from lmerge.big_files import check_room
 from lmerge.checkpoint import loading
 from lmerge.files import replacing
 from lmerge.llama import head_spec
 from lmerge.progress import track
-from lmerge.shards import Stored, check_room
+from lmerge.shards import Stored
 from lmerge.streamed_merge import StreamedMerge
 
 logger = logging.getLogger(__name__)

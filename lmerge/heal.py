@@ -31,14 +31,11 @@ from lmerge.llama import (
 )
 from lmerge.merged import MergedLlama
 from lmerge.progress import track
-from lmerge.trained_layers import FreeLayer, ScaledLayer
+from lmerge.trained_layers import FreeLayer, ScaledLayer, learning_rate_share
 
 logger = logging.getLogger(__name__)
 
 HealMethod = Literal["none", "scales", "merged", "all"]
-
-WARMUP = 5
-"""Steps in which the learning rate rises."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +44,10 @@ class HealConfig:
 
     method: HealMethod = "none"
     """`scales` trains a factor for each row and column of every matrix from the first merged layer
-    up; `merged` the weights of the merged layers; `all` those of all layers from there up."""
+    up; `merged` the weights of the merged layers and of `num_after` layers above each; `all` those
+    of all layers from the first merged one up."""
+    num_after: int = 0
+    """Layers above each merged one that `merged` trains too; at least 0."""
     num_steps: int = 100
     """Steps of Adam; at least 1."""
     lr: float = 0.01
@@ -62,6 +62,8 @@ class HealConfig:
         for name in ("num_steps", "batch_size", "num_positions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.num_after < 0:
+            raise ValueError(f"`num_after` must be at least 0, got {self.num_after}. Try 3.")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"`lr` must be above 0 and finite, got {self.lr}. Try 0.01.")
 
@@ -102,7 +104,7 @@ def heal(
     if config.method == "none" or not merged.plan.groups:
         return None
     plain = merged.plain()
-    trained = _trained_layers(merged, plain, config.method)
+    trained = _trained_layers(merged, plain, config)
     suffix = _suffix(plain, merged.first_merged, trained)
     before = held_kl(source, suffix, cache, held_B)
     parameters = [p for layer in trained.values() for p in layer.parameters() if p.requires_grad]
@@ -121,14 +123,14 @@ TrainedLayer = ScaledLayer | FreeLayer
 
 
 def _trained_layers(
-    merged: MergedLlama, plain: PreTrainedModel, method: HealMethod
+    merged: MergedLlama, plain: PreTrainedModel, config: HealConfig
 ) -> dict[int, TrainedLayer]:
     layers = decoder_layers(plain)
-    if method == "merged":
-        positions: Sequence[int] = [merged.plan.position(group) for group in merged.plan.groups]
+    if config.method == "merged":
+        positions: Sequence[int] = merged.positions(config.num_after)
     else:
         positions = range(merged.first_merged, len(layers))
-    make = ScaledLayer if method == "scales" else FreeLayer
+    make = ScaledLayer if config.method == "scales" else FreeLayer
     with torch.inference_mode(False), torch.no_grad():
         return {position: make(layers[position]) for position in positions}
 
@@ -157,7 +159,7 @@ def _train(
         track(steps, f"healing ({config.method})", total=config.num_steps)
     ):
         for group in adam.param_groups:
-            group["lr"] = config.lr * _schedule(step, config.num_steps)
+            group["lr"] = config.lr * learning_rate_share(step, config.num_steps)
         with torch.enable_grad():
             loss = _kl(source, suffix, cache, chosen_B, place_P)
             adam.zero_grad()
@@ -168,12 +170,6 @@ def _train(
                 "Lower `repair.heal.lr`."
             )
         adam.step()
-
-
-def _schedule(step: int, num_steps: int) -> float:
-    """Return the share of the learning rate: a linear rise, then a cosine down to a twentieth."""
-    rise = min(1.0, (step + 1) / WARMUP)
-    return rise * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / num_steps)))
 
 
 def _batches(

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
@@ -21,7 +21,7 @@ from lightning.pytorch.cli import (
     LightningCLI,
     SaveConfigCallback,
 )
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import nn
 
 from lmerge.alignment import HungarianAlignment
@@ -37,10 +37,9 @@ from lmerge.run_folder import prepare_run_dir, remove_run
 from lmerge.search import SEARCHES
 from lmerge.stopping import StopTogether
 from lmerge.verbosity import verbosity
+from lmerge.wandb_log import WandbMode, fit_logger
 
 logger = logging.getLogger(__name__)
-
-WandbMode = Literal["offline", "online", "disabled"]
 
 
 class Parser(Hints, LightningArgumentParser):
@@ -131,8 +130,8 @@ class CLI(LightningCLI):
         mode: WandbMode = self._get(self.config_init, "wandb")
         if mode != "disabled" and os.environ.get("WANDB_MODE") != "disabled":
             offline = mode == "offline" and "WANDB_SWEEP_ID" not in os.environ
-            name = f"{run_dir.name}-{self.subcommand}"
-            loggers.append(WandbLogger(name, run_dir, offline=offline, project="lmerge"))
+            config = self.config[str(self.subcommand)].as_dict()
+            loggers.append(fit_logger(config, str(self.subcommand), run_dir, offline=offline))
         return loggers
 
     def _parse_ckpt_path(self) -> None:

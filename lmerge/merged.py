@@ -231,6 +231,12 @@ class MergedLlama(nn.Module):
         """Return the merged layers in the order of the plan's groups."""
         return [m for m in decoder_layers(self.causal_lm) if isinstance(m, MergedLayer)]
 
+    def positions(self, num_after: int) -> list[int]:
+        """Return the indices of the merged layers and of `num_after` layers above each."""
+        top = len(self.plan.origins())
+        found = [self.plan.position(group) for group in self.plan.groups]
+        return sorted({p for q in found for p in range(q, min(q + num_after + 1, top))})
+
     def alpha_parameters(self) -> dict[str, nn.Parameter]:
         """Return the trainable parameters by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}

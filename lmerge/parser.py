@@ -13,6 +13,7 @@ from jsonargparse import (
 
 from lmerge.commands import EPILOG, UsageError
 from lmerge.hints import explained
+from lmerge.positional import add_options
 
 
 class Hints(ArgumentParser):
@@ -34,7 +35,7 @@ def function_parser(name: str, function: Callable[..., object]) -> Hints:
     assert function.__doc__ is not None
     parser = Hints(prog=f"lmerge {name}", description=function.__doc__.partition("\n")[0])
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options.")
-    parser.add_function_arguments(function, as_positional=True, fail_untyped=True)
+    add_options(parser, function)
     return parser
 
 

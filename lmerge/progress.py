@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from tqdm.auto import tqdm
 
 from lmerge.verbosity import verbosity
@@ -18,7 +18,12 @@ def track(items: Iterable[Item], description: str, *, total: int | None = None) 
 
     With `-q` there is none.
     """
-    other_rank = getattr(rank_zero_only, "rank", 0) not in (0, None)
-    silent = other_rank or verbosity() == "quiet"
+    silent = _rank() not in (0, None) or verbosity() == "quiet"
     bar = tqdm(items, desc=description, total=total, delay=1, disable=silent, dynamic_ncols=True)
     yield from bar
+
+
+def _rank() -> int | None:
+    # Where Lightning was not imported there is one process, and importing it takes seconds.
+    lightning = sys.modules.get("lightning.fabric.utilities.rank_zero")
+    return getattr(getattr(lightning, "rank_zero_only", None), "rank", None)

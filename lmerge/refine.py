@@ -21,6 +21,7 @@ from lmerge.llama import capture_input, decoder_layers, layer_tensors, run_span,
 from lmerge.merged import MergedLayer, MergedLlama
 from lmerge.progress import track
 from lmerge.repair import NormalEquations, position_weights
+from lmerge.state_training import train_layer
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ def refine_layers(
     held_B: Tensor,
     *,
     num_after: int,
+    num_epochs: int = 0,
     batch_size: int = 4,
 ) -> dict[int, RowRefit]:
     """Refit o and down of every merged layer and of the layers above it, from the lowest up.
@@ -88,13 +90,14 @@ def refine_layers(
         prefix_BTD: Input states of the first merged layer on the calibration blocks.
         held_B: Which blocks choose the regularisation (bool).
         num_after: Layers above each merged one that are refitted too, at least 0.
+        num_epochs: Epochs in which all matrices of each of these layers are trained afterwards.
         batch_size: Blocks in one forward pass.
 
     Returns:
         The last refit (of down) of each layer, by its position in the merged model.
     """
     stops = _stops(merged)
-    chosen = _chosen_positions(merged, num_after)
+    chosen = merged.positions(num_after)
     found: dict[int, RowRefit] = {}
     if not chosen:
         return found
@@ -106,12 +109,13 @@ def refine_layers(
         source_at = stop
         if position in chosen:
             outcome = _refine_layer(merged, position, currents, targets, held_B, batch_size)
-            found[position] = outcome
-            logger.info(
-                "layer %d refitted: held-out error %.3f of that before",
-                position,
-                outcome.holdout_error,
-            )
+            share = outcome.holdout_error
+            if num_epochs:
+                share *= train_layer(
+                    merged, position, currents, targets, held_B, num_epochs=num_epochs
+                )
+            found[position] = outcome._replace(holdout_error=share)
+            logger.info("layer %d refitted: held-out error %.3f of that before", position, share)
         one = span(merged.causal_lm, position, position + 1)
         currents = _run(one, currents, batch_size)
     return found
@@ -121,12 +125,6 @@ def _stops(merged: MergedLlama) -> list[int]:
     """Return, for each merged layer, the source layer after those that it stands for."""
     stops = {group.anchor: group.stop for group in merged.plan.groups}
     return [stops.get(origin, origin + 1) for origin in merged.plan.origins()]
-
-
-def _chosen_positions(merged: MergedLlama, num_after: int) -> list[int]:
-    positions = [merged.plan.position(group) for group in merged.plan.groups]
-    top = len(merged.plan.origins())
-    return sorted({p for q in positions for p in range(q, min(q + num_after + 1, top))})
 
 
 def _run(part: PreTrainedModel, state_BTD: Tensor, batch_size: int) -> Tensor:

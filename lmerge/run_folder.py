@@ -16,6 +16,7 @@ OWN_FILES = (
     "alphas.json",
     "repair.safetensors",
     "metrics.json",
+    "report.html",
     "similarity",
     "alignment",
     "checkpoints",

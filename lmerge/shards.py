@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors import safe_open
 from torch import Tensor
 
+from lmerge.big_files import BigFile, forget, pieces
 from lmerge.checkpoint import INDEX, SINGLE, loading, read_index
-from lmerge.files import sync, write_text
+from lmerge.files import write_text
 from lmerge.progress import track
 
 DTYPES: dict[str, torch.dtype] = {
@@ -31,12 +28,6 @@ DTYPES: dict[str, torch.dtype] = {
 """Names of the safetensors format -> dtypes of plain weights."""
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?) ?[KkMmGgTt]?[Bb]")
-
-CHUNK = 64 * 2**20
-"""Bytes copied at once."""
-
-NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
-"""What a kernel answers that cannot copy between these two files by itself."""
 
 
 class Stored(NamedTuple):
@@ -60,6 +51,10 @@ class Stored(NamedTuple):
         with safe_open(self.path, framework="pt") as file:
             tensor: Tensor = file.get_tensor(self.name)
         return tensor
+
+    def forget(self) -> None:
+        """Drop the tensor from the page cache, unless it is still in use."""
+        forget(self.path, self.start, self.num_bytes)
 
 
 Shape = tuple[int, ...]
@@ -149,19 +144,12 @@ def write_checkpoint(
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     split = _split(sizes, max_shard_size)
     bar = iter(track(sizes, "weights", total=len(sizes)))
-    # A finished file goes to the disk while the next one is written.
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        flushed = []
-        for file_name, names in split.filename_to_tensors.items():
-            header = _header({name: shapes[name] for name in names}, dtype)
-            with (folder / file_name).open("xb", buffering=0) as file:
-                write_all(file, header)
-                for name in names:
-                    next(bar)
-                    _append(file, content(name), shapes[name], dtype)
-            flushed.append(pool.submit(sync, folder / file_name))
-    for done in flushed:
-        done.result()  # raises what went wrong
+    for file_name, names in split.filename_to_tensors.items():
+        with BigFile(folder / file_name) as file:
+            file.write(_header({name: shapes[name] for name in names}, dtype))
+            for name in names:
+                next(bar)
+                _append(file, content(name), shapes[name], dtype)
     next(bar, None)  # ends it
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
@@ -197,54 +185,10 @@ def _header(shapes: Mapping[str, Shape], dtype: torch.dtype) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _append(file: IO[bytes], content: Content, shape: Shape, dtype: torch.dtype) -> None:
+def _append(file: BigFile, content: Content, shape: Shape, dtype: torch.dtype) -> None:
     assert (tuple(content.shape), content.dtype) == (shape, dtype)
     if isinstance(content, Stored):
-        with content.path.open("rb") as origin:
-            copy_bytes(origin, content.start, content.num_bytes, file)
+        for piece in pieces(content.path, content.start, content.num_bytes):
+            file.write(piece)
     elif content.numel():
-        write_all(file, content.detach().contiguous().flatten().view(torch.uint8).numpy().data)
-
-
-def copy_bytes(origin: IO[bytes], start: int, count: int, file: IO[bytes]) -> None:
-    """Append bytes of one file to another, inside the kernel where it can.
-
-    Raises:
-        ValueError: When the file ends too early.
-    """
-    kernel = hasattr(os, "copy_file_range")
-    while count:
-        done = 0
-        if kernel:
-            try:
-                done = os.copy_file_range(origin.fileno(), file.fileno(), min(count, CHUNK), start)
-            except OSError as error:
-                if error.errno not in NO_KERNEL_COPY:
-                    raise
-                kernel = False
-        if not done:
-            origin.seek(start)
-            piece = origin.read(min(count, CHUNK))
-            if not piece:
-                raise ValueError(f"{origin.name} became shorter while it was read. Try again.")
-            write_all(file, piece)
-            done = len(piece)
-        start, count = start + done, count - done
-
-
-def write_all(file: IO[bytes], data: bytes | memoryview) -> None:
-    """Write all bytes to an unbuffered file, which may take them in parts."""
-    view = memoryview(data).cast("B")
-    while len(view):
-        view = view[file.write(view) :]
-
-
-def check_room(path: Path, num_bytes: int) -> None:
-    """Raise ValueError when the disk of `path` has no room for so many bytes."""
-    parent = next(p for p in (path, *path.parents) if p.exists())
-    free = shutil.disk_usage(parent).free
-    if free < num_bytes:
-        raise ValueError(
-            f"{path} needs {num_bytes / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB free. "
-            "Make room, or choose a path on another disk."
-        )
+        file.write(content.detach().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -8,11 +8,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from lmerge.big_files import check_room
 from lmerge.checkpoint import loading
 from lmerge.export import CARD, check_free
 from lmerge.files import writing
 from lmerge.folders import atomic_folder
-from lmerge.shards import check_room, stored_tensors, write_checkpoint
+from lmerge.shards import stored_tensors, write_checkpoint
 from lmerge.streamed_merge import StreamedMerge
 
 COPIED = (

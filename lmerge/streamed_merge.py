@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from lmerge.align import move
 from lmerge.alphas import Alphas
+from lmerge.big_files import pieces
 from lmerge.checkpoint import loading
 from lmerge.llama import (
     ALPHA_AXIS,
@@ -26,7 +27,7 @@ from lmerge.merge import expand_alpha, fold_norms, merge_vectors, reference_norm
 from lmerge.merged import check_motion
 from lmerge.plan import Group, check_plan
 from lmerge.runs import RunState
-from lmerge.shards import CHUNK, Content, Shape, Stored, stored_tensors
+from lmerge.shards import Content, Shape, Stored, stored_tensors
 from lmerge.source import Dtype, read_config, sample, weights_fingerprint
 from lmerge.streamed import EMBEDDING, skeleton
 
@@ -157,6 +158,7 @@ class StreamedMerge:
         for name in self._unsampled:
             values = sample(self.stored[name].read())
             self._samples[name] = values.to(self.dtype).float()
+            self.stored[name].forget()
         self._unsampled.clear()
 
     def _read(self, layer: int, short: str) -> Tensor:
@@ -218,14 +220,12 @@ class StreamedMerge:
         head, embedding = self.stored[HEAD], self.stored.get(EMBEDDING)
         if embedding is None or (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
             return False
-        with head.path.open("rb") as one, embedding.path.open("rb") as other:
-            one.seek(head.start)
-            other.seek(embedding.start)
-            for start in range(0, head.num_bytes, CHUNK):
-                size = min(CHUNK, head.num_bytes - start)
-                if one.read(size) != other.read(size):
-                    return False
-        return True
+        pairs = zip(
+            pieces(head.path, head.start, head.num_bytes),
+            pieces(embedding.path, embedding.start, embedding.num_bytes),
+            strict=True,
+        )
+        return all(one == other for one, other in pairs)
 
     def _check_source(self, folder: Path) -> None:
         for name, shape in self._wanted.items():

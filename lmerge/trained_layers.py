@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -9,6 +10,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lmerge.llama import MATRICES, LayerTensors, by_path, layer_tensors, with_matrices
+
+WARMUP = 5
+"""Steps in which the learning rate rises."""
+
+
+def learning_rate_share(step: int, num_steps: int) -> float:
+    """Return the share of the learning rate: a linear rise, then a cosine down to a twentieth."""
+    rise = min(1.0, (step + 1) / WARMUP)
+    return rise * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / num_steps)))
 
 
 class ScaledLinear(nn.Module):

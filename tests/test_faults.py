@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lmerge.shards import check_room
+from lmerge.big_files import check_room
 
 NUM_KILLS = 50
 

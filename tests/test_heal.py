@@ -136,3 +136,11 @@ def test_scaled_activations_are_a_scaled_matrix(name: str) -> None:
         torch.testing.assert_close(logits(by_activations), logits(by_weights), rtol=1e-4, atol=1e-4)
     assert not torch.equal(logits(by_weights), logits(source))
     assert same(before, weights(source))
+
+
+def test_merged_trains_as_many_layers_above_as_it_is_told() -> None:
+    source, merged, cache = prepared()
+    old = [weights(layer) for layer in decoder_layers(merged.plain())]
+    heal(source, merged, cache, HELD, config("merged", num_steps=2, num_after=1))
+    new = [weights(layer) for layer in decoder_layers(merged.plain())]
+    assert [not same(was, now) for was, now in zip(old, new, strict=True)] == [False, True, True]

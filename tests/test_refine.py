@@ -9,10 +9,11 @@ from transformers import PreTrainedModel
 
 from lmerge.alphas import AlphaConfig
 from lmerge.cache import cache_states
-from lmerge.llama import decoder_layers
+from lmerge.llama import decoder_layers, run_span, span
 from lmerge.merged import MergedLlama
 from lmerge.refine import ROW_RIDGES, RowRefit, refine_layers, solve_rows
 from lmerge.repair import NormalEquations
+from lmerge.state_training import train_layer
 
 FIRST = plan_of([0, 1])
 HELD = torch.arange(24) % 4 == 3
@@ -135,3 +136,35 @@ def test_with_nothing_merged_nothing_is_refitted() -> None:
     merged = MergedLlama(source, plan_of(), {}, AlphaConfig())
     prefix = cache_states(source, tokens(24), merged.first_merged).prefix_BTD
     assert refine_layers(source, merged, prefix, HELD, num_after=2) == {}
+
+
+def test_training_on_states_lowers_the_error_further_on_blocks_it_never_saw() -> None:
+    errors = []
+    for num_epochs in (0, 6):
+        source, merged, prefix = prepared()
+        found = refine_layers(source, merged, prefix, HELD, num_after=1, num_epochs=num_epochs)
+        errors.append((error(source, merged.causal_lm, 0, 1), found[0].holdout_error))
+    assert errors[1][0] < errors[0][0]
+    assert errors[1][1] < errors[0][1]
+
+
+def test_training_on_states_moves_every_matrix_of_the_refitted_layers_alone() -> None:
+    source, merged, prefix = prepared()
+    old = [weights(layer) for layer in decoder_layers(merged.plain())]
+    before = weights(source)
+    refine_layers(source, merged, prefix, HELD, num_after=0, num_epochs=2)
+    new = [weights(layer) for layer in decoder_layers(merged.plain())]
+    changed = {n for n in old[0] if not torch.equal(old[0][n], new[0][n])}
+    assert changed == {n for n in old[0] if "proj" in n}
+    assert all(same(was, now) for was, now in zip(old[1:], new[1:], strict=True))
+    assert same(before, weights(source))
+
+
+def test_training_that_helps_no_held_out_block_changes_nothing() -> None:
+    source, merged, prefix = prepared()
+    refine_layers(source, merged, prefix, HELD, num_after=0)
+    old = weights(decoder_layers(merged.plain())[0])
+    with torch.no_grad():
+        targets = run_span(span(merged.causal_lm, 0, 1), prefix)
+    assert train_layer(merged, 0, prefix, targets, HELD, num_epochs=1) == 1.0
+    assert same(old, weights(decoder_layers(merged.plain())[0]))
