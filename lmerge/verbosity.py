@@ -24,6 +24,9 @@ FLAGS: dict[str, Verbosity] = {
 QUIET = {"WANDB_SILENT": "true", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
 """What keeps other libraries quiet; read when they are imported."""
 
+LOGGERS = ("lmerge", "lightning.pytorch", "lightning.fabric")
+"""Loggers that have something to say in every run."""
+
 NOISE = (
     ".*does not have many workers.*",
     ".*Using `DistributedSampler` with.*",  # repeats are dropped
@@ -76,12 +79,33 @@ def set_up_logging() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     quiet = level == "quiet"
     logging.getLogger("lmerge").setLevel(logging.WARNING if quiet else logging.INFO)
-    for name in ("lightning.pytorch", "lightning.fabric") if quiet else ():
+    for name in LOGGERS[1:] if quiet else ():
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(_is_no_tip)
+    ignore_noise()
+
+
+def ignore_noise() -> None:
+    """Leave out warnings that a user cannot act on."""
     for pattern in NOISE:
         warnings.filterwarnings("ignore", pattern)
+
+
+@contextmanager
+def library_call(*, verbose: bool) -> Iterator[None]:
+    """Say little, and leave the caller's settings of logs and warnings as they were."""
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), speaking("normal" if verbose else "quiet"):
+        ignore_noise()
+        try:
+            for logger in loggers if not verbose else ():
+                logger.setLevel(logging.WARNING)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def _is_no_tip(record: logging.LogRecord) -> bool:

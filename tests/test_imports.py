@@ -134,6 +134,7 @@ ORDER = (
     "hints",
     "parser",
     "lightning_cli",
+    "api",
     "completion",
     "cli",
     "__main__",
