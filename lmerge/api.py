@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory, mkdtemp
 from typing import TYPE_CHECKING, Any
 from weakref import finalize
 
-from lmerge.callbacks import card
+from lmerge.artefacts import card
 from lmerge.commands import UsageError
 from lmerge.export import export_model
 from lmerge.gate import gate_rows

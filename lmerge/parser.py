@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from jsonargparse import (
+from jsonargparse import (  # type: ignore[attr-defined]
     ActionConfigFile,
     ArgumentParser,
-    set_parsing_settings,  # type: ignore[attr-defined]
+    set_parsing_settings,
 )
 
 from lmerge.commands import EPILOG, UsageError

@@ -53,7 +53,7 @@ def take_flags(args: list[str]) -> tuple[list[str], Verbosity | None]:
 @contextmanager
 def speaking(level: Verbosity | None) -> Iterator[None]:
     """Say as much as `level`, here and in processes that start from here; None changes nothing."""
-    wanted = {} if level is None else {VARIABLE: level}
+    wanted: dict[str, str] = {} if level is None else {VARIABLE: level}
     if (level or verbosity()) == "quiet":
         wanted |= {name: value for name, value in QUIET.items() if name not in os.environ}
     before = {name: os.environ.get(name) for name in wanted}
