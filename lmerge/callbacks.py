@@ -3,44 +3,43 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
-from matplotlib.figure import Figure
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmerge.alignment import HungarianAlignment
 from lmerge.alpha_files import write_alphas
-from lmerge.compose import repair
-from lmerge.cost import measure_costs
-from lmerge.data.tokens import encode
-from lmerge.export import model_card, verify_export, write_card
-from lmerge.figures import (
-    matching_figure,
-    matrices_figure,
-    save,
-    search_figure,
-    similarity_figure,
+from lmerge.artefacts import (
+    alpha_figures,
+    card,
+    finish_evaluation,
+    log_alphas,
+    logged_names,
+    write_alignment,
+    write_search,
+    write_similarity,
 )
-from lmerge.files import provenance, write_json
-from lmerge.gate import check_gate, gate_notes, gate_rows
-from lmerge.generation import NUM_TOKENS, PROMPTS, generation_sanity, greedy
+from lmerge.compose import repair
+from lmerge.export import verify_export
 from lmerge.heal import HealConfig, heal
 from lmerge.module import AlphaModule
-from lmerge.progress import track
 from lmerge.repair import RepairConfig
-from lmerge.results import Row, group_tables, print_table, table_rows, write_metrics
+from lmerge.report import FILE_NAME, write_report
 from lmerge.runs import write_orders, write_plan, write_refits
-from lmerge.similarity import INFORMATION
 from lmerge.source import checkpoint_folder
 from lmerge.streamed_export import export_streamed
 from lmerge.streamed_merge import StreamedMerge
+from lmerge.wandb_log import (
+    TRAINING,
+    define_goals,
+    log_images,
+    log_model,
+    log_page,
+    log_plan,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +96,14 @@ def repair_and_heal(module: AlphaModule, config: RepairConfig, healing: HealConf
 
 
 class Artefacts(Callback):
-    """Writes what a run leaves behind: plan, orders, alphas, figures, metrics and the table."""
+    """Writes what a run leaves behind: plan, orders, alphas, figures, metrics, table and report.
+
+    Args:
+        report: Whether fit, validate and test end with report.html in the run folder.
+    """
+
+    def __init__(self, report: bool = True) -> None:
+        self.report = report
 
     @rank_zero_only
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -107,9 +113,30 @@ class Artefacts(Callback):
         write_orders(module.run_dir, module.state.orders)
         write_similarity(trainer, module)
         write_search(trainer, module)
+        log_plan(trainer.loggers, module.state.plan, module.candidates)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, HungarianAlignment) and callback.similarity["after"]:
                 write_alignment(trainer, module, callback)
+
+    @rank_zero_only
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        define_goals(trainer.loggers, TRAINING)
+        log_alphas(trainer, _module(pl_module))
+
+    @rank_zero_only
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        define_goals(trainer.loggers, logged_names(_module(pl_module), "val"))
+
+    @rank_zero_only
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        define_goals(trainer.loggers, logged_names(_module(pl_module), "test"))
+
+    @rank_zero_only
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            log_alphas(trainer, _module(pl_module))
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -118,6 +145,8 @@ class Artefacts(Callback):
         write_alphas(module.run_dir, module.merged.plan, alphas)
         if any(refits) or module.merged.kept_refits:
             write_refits(module.run_dir, refits, alphas, module.merged.kept_refits)
+        log_images(trainer.loggers, alpha_figures(module))
+        self._write_report(trainer, module)
 
     @rank_zero_only
     def on_exception(
@@ -131,126 +160,23 @@ class Artefacts(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "validate":
             finish_evaluation(trainer, _module(pl_module), "validate")
+            self._write_report(trainer, _module(pl_module))
 
     @rank_zero_only
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         finish_evaluation(trainer, _module(pl_module), "test")
+        self._write_report(trainer, _module(pl_module))
 
-
-def write_alignment(trainer: Trainer, module: AlphaModule, alignment: HungarianAlignment) -> None:
-    """Write and log how alike neurons and matrices are before and after, and their figures."""
-    log_figure(trainer, module, matching_figure(**alignment.similarity), "alignment/neurons")
-    log_figure(trainer, module, matrices_figure(**alignment.matrices), "alignment/matrices")
-    data = {"method": alignment.method, **_text_keys(alignment.matrices)}
-    write_json(module.run_dir / "alignment" / "similarity.json", data, schema=1)
-    for any_logger in trainer.loggers:
-        any_logger.log_metrics(alignment.means(), step=0)
-
-
-def _text_keys(matrices: dict[str, dict[int, dict[str, float]]]) -> dict[str, dict[str, object]]:
-    return {when: {str(i): dict(v) for i, v in found.items()} for when, found in matrices.items()}
-
-
-def write_similarity(trainer: Trainer, module: AlphaModule) -> None:
-    """Write the similarity matrices of the plan stage and their figure."""
-    matrices = module.similarity_LL
-    if not matrices:
-        return
-    assert module.state is not None
-    folder = module.run_dir / "similarity"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, matrix_LL in matrices.items():
-        np.save(folder / f"{name.replace('/', '_')}.npy", matrix_LL.numpy(), allow_pickle=False)
-    data = {
-        "measure": module.measure,
-        "information": asdict(module.information) if module.measure in INFORMATION else None,
-        "pooling": module.pooling,
-        "matrices": list(matrices),
-        "provenance": provenance(),
-    }
-    write_json(folder / "similarity.json", data, schema=1)
-    figure = similarity_figure(matrices, module.measure, module.state.plan)
-    log_figure(trainer, module, figure, "similarity/layers")
-
-
-def write_search(trainer: Trainer, module: AlphaModule) -> None:
-    """Write what the candidates of the plan search cost, and their figure."""
-    if not module.candidates:
-        return
-    costs = [
-        {"groups": [list(group.members) for group in c.groups], "kl": c.kl}
-        for c in module.candidates
-    ]
-    data = {"method": module.plan_method, "candidates": costs, "provenance": provenance()}
-    write_json(module.run_dir / "plan" / "search.json", data, schema=1)
-    log_figure(trainer, module, search_figure(module.candidates), "plan/search")
-
-
-def log_figure(trainer: Trainer, module: AlphaModule, figure: Figure, name: str) -> None:
-    """Save a figure in the run folder and show it in W&B."""
-    path = module.run_dir / f"{name}.png"
-    save(figure, path)
-    for wandb_logger in trainer.loggers:
-        if isinstance(wandb_logger, WandbLogger):
-            wandb_logger.log_image(name, [str(path)])
-
-
-def finish_evaluation(trainer: Trainer, module: AlphaModule, stage: str) -> None:
-    """Measure costs, write metrics.json, print the table and bring the model card up to date."""
-    data = module.data()
-    if not module.is_sharded:  # this process alone cannot run layers that are split over all
-        _measure_alone(module)
-    module.checks = check_gate(module.results, module.gate)
-    module.results["gate"] = [check._asdict() for check in module.checks]
-    read: dict[str, Any] = {"fingerprints": data.fingerprints, "settings": data.settings}
-    read["source_fingerprint"] = module.merged.plan.source
-    read["seeds"] = {"alphas": module.seed, "data": data.seed}
-    write_metrics(module.run_dir, stage, {"source": module.source_name, **read, **module.results})
-    if module.journal is not None:
-        module.journal.remove()
-    rows = table_rows(module.results) + gate_rows(module.checks)
-    for title, groups in group_tables(module.results).items():
-        print_table(groups, f"{module.source_name}: {stage}, {title}")
-    print_table(rows, f"{module.source_name}: {stage} of source and merged model")
-    for wandb_logger in trainer.loggers:
-        if isinstance(wandb_logger, WandbLogger):
-            wandb_logger.log_table(
-                f"{stage}/results", ["what", "source", "merged"], [list(row) for row in rows]
-            )
-    if (module.run_dir / "model" / "config.json").is_file():
-        write_card(module.run_dir / "model", card(module, rows))
-
-
-def _measure_alone(module: AlphaModule) -> None:
-    """Measure what needs the models but no data: costs, and whether they write sensibly."""
-    models = {"source": module.source, "merged": module.merged.plain()}
-    module.results["cost"] = measure_costs(models)
-    module.results["generation"] = {
-        name: write_on(model, module.data().tokenizer)
-        for name, model in track(models.items(), "generation", total=2)
-    }
-
-
-def write_on(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
-    """Return what a model writes after each of the prompts, and how much it repeats itself."""
-    texts = greedy(model, [torch.tensor(ids) for ids in encode(tokenizer, PROMPTS)], NUM_TOKENS)
-    written = {prompt: tokenizer.decode(ids) for prompt, ids in zip(PROMPTS, texts, strict=True)}
-    return {**generation_sanity(texts), "texts": written}
-
-
-def card(module: AlphaModule, rows: list[Row]) -> str:
-    """Return the model card of the exported model."""
-    plan = module.merged.plan
-    return model_card(
-        source=module.source_name,
-        num_source_layers=plan.num_layers,
-        num_layers=plan.num_layers - plan.num_removed,
-        groups=[list(group.members) for group in plan.groups],
-        table=rows,
-        command=None,
-        provenance={**provenance(), "plan": plan.method, "source_fingerprint": plan.source or None},
-        notes=gate_notes(module.checks),
-    )
+    def _write_report(self, trainer: Trainer, module: AlphaModule) -> None:
+        """Write the page; what hinders it costs a warning, since all else is written by now."""
+        if not self.report:
+            return
+        try:
+            write_report([module.run_dir], module.run_dir / FILE_NAME)
+        except ValueError as error:
+            logger.warning("no report: %s", error)
+            return
+        log_page(trainer.loggers, module.run_dir / FILE_NAME)
 
 
 class ExportCheckpoint(Callback):
@@ -258,10 +184,16 @@ class ExportCheckpoint(Callback):
 
     Args:
         enabled: Whether to write `model/` in the run folder.
+        wandb: Whether W&B gets that model too, as an artifact; with `--wandb online` it is sent.
     """
 
-    def __init__(self, enabled: bool = True) -> None:
+    def __init__(self, enabled: bool = True, wandb: bool = False) -> None:
+        if wandb and not enabled:
+            raise ValueError(
+                "`export.wandb` needs `export.enabled`, got false. Leave one of them out."
+            )
         self.enabled = enabled
+        self.wandb = wandb
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -271,13 +203,21 @@ class ExportCheckpoint(Callback):
         if module.is_sharded:
             _say_later(module, "exported")
             return
-        difference = export_merged(module, module.run_dir / "model")
-        message = "exported to %s; reloaded logits differ by at most %.1e"
-        logger.info(message, module.run_dir / "model", difference)
+        folder = module.run_dir / "model"
+        difference = export_merged(module, folder, text=card(module, []), overwrite=True)
+        logger.info("exported to %s; reloaded logits differ by at most %.1e", folder, difference)
+        if self.wandb:
+            log_model(trainer.loggers, folder, module.merged.plan)
 
 
-def export_merged(module: AlphaModule, folder: Path) -> float:
+def export_merged(module: AlphaModule, folder: Path, *, text: str, overwrite: bool) -> float:
     """Write the merged model of a module from its source on disk, as `lmerge export` does.
+
+    Args:
+        module: What holds the merged model.
+        folder: Where the checkpoint goes.
+        text: Its model card.
+        overwrite: Whether an older checkpoint there may be replaced.
 
     Returns:
         The largest difference of a logit between the model in memory and the checkpoint.
@@ -287,6 +227,12 @@ def export_merged(module: AlphaModule, folder: Path) -> float:
     learned = {"alphas": merged.alphas(), "refits": merged.refits()}
     state = replace(module.state, **learned, kept_refits=merged.kept_refits)
     streamed = StreamedMerge(source_dir, state, dtype=module.dtype_name)
-    made_for = {"card": card(module, []), "fingerprint": merged.plan.source}
-    export_streamed(source_dir, streamed, folder, **made_for, overwrite=True)
+    export_streamed(
+        source_dir,
+        streamed,
+        folder,
+        card=text,
+        fingerprint=merged.plan.source,
+        overwrite=overwrite,
+    )
     return verify_export(folder, merged.plain(), module.data().calibration_blocks()[:1])

@@ -13,6 +13,8 @@ from lmerge.compose import MethodConfig
 from lmerge.llama import num_layers
 from lmerge.plan import check_num_removed
 from lmerge.source import load_model
+from lmerge.wandb_log import WandbMode
+from lmerge.wandb_tables import log_cells, wandb_run
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +28,7 @@ def compare(
     only: list[str] | None = None,
     max_minutes: float | None = None,
     seed: int = 0,
+    wandb: WandbMode = "disabled",
 ) -> None:
     """Compare methods at several budgets on the same texts and questions.
 
@@ -41,6 +44,8 @@ def compare(
         only: Names of the rows to compute now; null for all. The tables show all there are.
         max_minutes: No new cell starts after this many minutes; null for no limit.
         seed: Seed of whatever a method draws.
+        wandb: Whether W&B gets table, chart and figure of all cells: `offline` writes files in
+            `run_dir`, `online` sends them.
     """
     _check(methods, budgets, only)
     start = time.monotonic()
@@ -65,7 +70,11 @@ def compare(
         bench.compute(method, num_removed)
     cells = [bench.cell(method, n) for method, n in wanted if bench.has(method, n)]
     if cells:
-        write_tables(run_dir, cells, [method.title for method in methods])
+        rows = write_tables(run_dir, cells, [method.title for method in methods])
+        group = Path(source).name
+        with wandb_run(wandb, run_dir, f"{group} compare", "compare", group) as run:
+            if run is not None:
+                log_cells(run, rows, cells)
 
 
 def _check(

@@ -146,7 +146,7 @@ def matrices_figure(
         values = [cosines[name] for cosines in found.values() for name in names]
         axis.scatter(places, values, s=18, color=colour, label=label)
     axis.axhline(0, color="lightgrey", linewidth=0.8, zorder=0)
-    axis.set_xticks(range(len(names)), names, rotation=20)
+    axis.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
     axis.set(ylabel="cosine with the anchor's matrix")
     axis.legend()
     return figure

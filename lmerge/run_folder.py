@@ -19,6 +19,7 @@ OWN_FILES = (
     "alphas.json",
     "repair.safetensors",
     "metrics.json",
+    "report.html",
     "similarity",
     "alignment",
     "checkpoints",

@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.live import Live
 
 from lmerge.figures import save
+from lmerge.history import read_history
 from lmerge.sweep_figures import best_so_far_figure, importance_figure, parallel_figure
-from lmerge.sweep_results import read_history, read_trials, results_table, write_results
+from lmerge.sweep_results import read_trials, results_table, write_results
 from lmerge.trials import (
     ENGINES,
     Engine,
@@ -33,6 +34,8 @@ from lmerge.trials import (
     sign,
     to_stop,
 )
+from lmerge.wandb_log import WandbMode
+from lmerge.wandb_tables import log_trials, sweep_title, wandb_run
 
 POLL_SECONDS = 0.5
 
@@ -46,6 +49,7 @@ def sweep(
     run_dir: str = "runs/sweep",
     seed: int = 0,
     options: str | None = None,
+    wandb: WandbMode = "disabled",
 ) -> None:
     """Run a W&B sweep file without a server; a second call goes on where the first was stopped.
 
@@ -58,6 +62,8 @@ def sweep(
         seed: Seed of the proposed values.
         options: For sweeps of another LightningCLI: run the file's `program` with these options, as
             a shell reads them; {folder} is the trial's folder, and its metrics.csv must lie there.
+        wandb: Whether W&B gets table, charts and figures of the sweep: `offline` writes files in
+            `run_dir`, `online` sends them. The trials are not logged on their own.
     """
     for name, value in (("count", count), ("jobs", jobs)):
         if value < 1:
@@ -66,7 +72,11 @@ def sweep(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / "sweep.lock", timeout=0), _stopping_like_ctrl_c():
-            Runner(config, folder, engine, seed, options).run(count, jobs)
+            trials = Runner(config, folder, engine, seed, options).run(count, jobs)
+        title = sweep_title(config, Path(path))
+        with wandb_run(wandb, folder, title, "sweep", title) as run:
+            if run is not None:
+                log_trials(run, config, trials)
     except Timeout as error:
         raise ValueError(
             f"another `lmerge sweep` runs in {folder}. Choose another `--run_dir`."
@@ -116,8 +126,11 @@ class Runner:
         self.started: dict[int, float] = {}
         self.console = Console()
 
-    def run(self, count: int, jobs: int) -> None:
-        """Run trials until there are `count`; the processes end with this one, or by its error."""
+    def run(self, count: int, jobs: int) -> list[Trial]:
+        """Run trials until there are `count`, and return those that have a metric.
+
+        The processes end with this one, or by its error.
+        """
         redo = [trial for trial in self.trials if trial.state == "running"]
         more = True
         try:
@@ -136,7 +149,7 @@ class Runner:
         finally:
             for process in self.running.values():
                 _kill(process)
-        self._report()
+        return self._report()
 
     def _propose(self) -> bool:
         params = ENGINES[self.engine](self.config, self.trials, self.seed)
@@ -173,7 +186,13 @@ class Runner:
             parts = shlex.split(self.options)
             return [part.replace("{folder}", str(folder)) for part in parts]
         cache = f"--model.cache_dir={self.folder / 'cache'}"
-        return [f"--run_dir={folder}", "--overwrite=true", "--wandb=disabled", cache]
+        return [
+            f"--run_dir={folder}",
+            "--overwrite=true",
+            "--wandb=disabled",
+            "--artefacts.report=false",
+            cache,
+        ]
 
     def _poll(self) -> None:
         for index, process in list(self.running.items()):
@@ -205,7 +224,7 @@ class Runner:
             f"trial {trial.index} {trial.state} in {trial.seconds:.0f} s: {shown}", markup=False
         )
 
-    def _report(self) -> None:
+    def _report(self) -> list[Trial]:
         write_results(self.folder, self.config, self.trials)
         done = [t for t in self.trials if t.metric is not None and t.state != "failed"]
         if not done:
@@ -217,6 +236,7 @@ class Runner:
         save(best_so_far_figure(done, name, minimise=minimise), self.folder / "best_so_far.png")
         save(parallel_figure(done, name), self.folder / "parallel.png")
         save(importance_figure(done, name), self.folder / "importance.png")
+        return done
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

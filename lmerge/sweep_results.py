@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,16 +12,6 @@ from lmerge.files import provenance, read_json, write_json, write_text
 from lmerge.trials import SweepConfig, Trial, metric_name, short_names, sign
 
 SCHEMA = 1
-
-
-def read_history(path: Path, name: str) -> list[float]:
-    """Return the values of a column of Lightning's metrics.csv, without the empty cells."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]  # the last row may be half written
-    rows = [row.get(name) for row in csv.DictReader(whole.splitlines())]
-    return [float(value) for value in rows if value]
 
 
 def read_trials(path: Path, config: SweepConfig) -> list[Trial]:

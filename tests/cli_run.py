@@ -17,6 +17,7 @@ SMALL = (
     "--trainer.num_sanity_val_steps=0",
     "--trainer.log_every_n_steps=1",
     "--wandb=disabled",
+    "--artefacts.report=false",
 )
 """Options of a run that takes seconds on the tiny model."""
 

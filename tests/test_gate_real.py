@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lmerge.alphas import AlphaConfig
-from lmerge.callbacks import write_on
+from lmerge.artefacts import write_on
 from lmerge.data.module import MMLUDataModule
 from lmerge.data.records import ChoiceBatch, TextBatch
 from lmerge.evaluate import Evaluation

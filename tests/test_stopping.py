@@ -9,7 +9,7 @@ import psutil
 import pytest
 from test_training import start_fit
 
-from lmerge.sweep_results import read_history
+from lmerge.history import read_history
 
 
 def start_two(tiny_dir: Path, run_dir: Path) -> subprocess.Popen[bytes]:

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 from cli_run import SMALL
+from offline_run import Offline
 
 from lmerge.cli import main
+from lmerge.history import read_history
 from lmerge.sweep import trial_command
 from lmerge.sweep_figures import importance
-from lmerge.sweep_results import read_history
 from lmerge.trials import (
     ENGINES,
     Trial,
@@ -194,7 +195,7 @@ def test_a_killed_sweep_goes_on_and_survives_a_trial_that_fails(
     path.write_text(path.read_text().replace(".inf", "bad"))
     out = tmp_path / "out"
     args = [sys.executable, "-m", "lmerge", "sweep", str(path)]
-    args += ["--count=3", f"--run_dir={out}"]
+    args += ["--count=3", f"--run_dir={out}", "--wandb=offline"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(args, env=env) as process:
         deadline = time.monotonic() + 60
@@ -209,6 +210,9 @@ def test_a_killed_sweep_goes_on_and_survives_a_trial_that_fails(
     assert trials[0]["metric"] != trials[2]["metric"]
     for name in ("results.csv", "best_so_far.png", "parallel.png", "importance.png"):
         assert (out / name).stat().st_size > 0
+    logged = Offline(out)
+    assert logged.data["name"] == "sweep"
+    assert logged.summary["sweep/trials"]["nrows"] == 2
     # All trials used one plan, one alignment and one set of states.
     kept = [path.name.partition(".")[2] for path in (out / "cache").glob("*.*")]
     for kind in ("plan.json", "safetensors", "prefix_BTD", "final_BTD"):

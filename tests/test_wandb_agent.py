@@ -11,7 +11,7 @@ import pytest
 import yaml
 from wandb_stub import ENTITY, OPTIONAL, PROJECT, SWEEP, Stub
 
-from lmerge.sweep_results import read_history
+from lmerge.history import read_history
 
 pytest.importorskip("sweeps")
 ROOT = Path(__file__).parents[1]
@@ -90,6 +90,8 @@ def test_wandb_agent_runs_a_shipped_sweep_unchanged(project: Path) -> None:
         assert [row[METRIC] for row in run.history if METRIC in row] == [run.summary[METRIC]]
         figures = [name for name, data in run.files.items() if data[:4] == b"\x89PNG"]
         assert any("alignment/neurons" in name for name in figures)
+        assert any("report" in name and name.endswith(".html") for name in run.files)
+        assert f"run-{run_id}-plangroups" in {name.rpartition("-")[0] for name in stub.artifacts}
         assert b"Trainer.fit" in run.files["output.log"]
         alphas.add((folder / "alphas.json").read_text().partition("provenance")[0])
     assert len(alphas) == 2

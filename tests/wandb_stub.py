@@ -44,6 +44,7 @@ class Stub:
     Attributes:
         sweeps: The sweep files as they arrived, parsed.
         runs: Each run by its id.
+        artifacts: Name of each artifact that was logged.
         unknown: Names of operations that no method answers.
         stop_after: History rows after which the agent is told to stop a run; 0 is never.
     """
@@ -53,6 +54,7 @@ class Stub:
         self.sweeps: list[dict[str, Any]] = []
         self.runs: dict[str, Run] = {}
         self.unknown: set[str] = set()
+        self.artifacts: list[str] = []
         self.lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"stub": self})
         self.server = _Server(("127.0.0.1", 0), handler)
@@ -138,6 +140,16 @@ class Stub:
             for name in given["files"]
         ]
         return {"createRunFiles": {"runID": given["run"], "uploadHeaders": [], "files": files}}
+
+    def _on_artifact_type(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {"project": {"artifact": None}}  # there is none of this name yet
+
+    def _on_create_artifact(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Keep the name of an artifact, such as a table; COMMITTED says that its files are here."""
+        self.artifacts.append(given["input"]["artifactCollectionName"])
+        sequence = {"id": "c", "latestArtifact": {"id": "a", "versionIndex": 0}}
+        artifact = {"id": "a", "state": "COMMITTED", "artifactSequence": sequence}
+        return {"createArtifact": {"artifact": artifact}}
 
     def stream(self, run_id: str, sent: dict[str, Any]) -> None:
         """Keep the lines of history and summary, and the exit code, of a `file_stream` call."""
