@@ -29,6 +29,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from lmerge.big_files import check_room
 from lmerge.checkpoint import loading
 from lmerge.files import replacing
+from lmerge.folders import held, remove_left
 from lmerge.gguf_tokenizer import BY_HAND, add_tokenizer
 from lmerge.llama import head_spec
 from lmerge.progress import track
@@ -91,7 +92,9 @@ def export_gguf(
     kind = names[str(merge.out_dtype).removeprefix("torch.")] if dtype == "auto" else dtype
     config = merge.config
     _check_config(config)
-    with replacing(path) as temporary:
+    if path.parent.is_dir():
+        remove_left(path)
+    with replacing(path) as temporary, held(temporary):
         writer = GGUFWriter(None, MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type][0]])
         _add_config(writer, config, name)
         writer.add_file_type(FILE_TYPES[kind][2])

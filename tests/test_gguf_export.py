@@ -1,6 +1,7 @@
 """The GGUF file gives transformers the model and the tokenizer that the checkpoint gives it."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from transformers import (
 )
 from vocabularies import corpus, sentencepiece_bpe
 
+from lmerge.folders import held
 from lmerge.gguf_export import GgufDtype, export_gguf
 from lmerge.gguf_tokenizer import LLAMA3_SPLIT
 from lmerge.plan import Group, MergePlan
@@ -259,6 +261,17 @@ def test_another_source_is_refused_and_nothing_stays(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="fingerprint"):
         export_gguf(folder, merge, tmp_path / "out.gguf", fingerprint="0123")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_what_a_kill_left_is_removed_unless_a_process_still_writes_it(tmp_path: Path) -> None:
+    folder = checkpoint_of(tmp_path / "source", "llama")
+    for name in ("dead", "busy"):
+        (tmp_path / f".out.gguf.{name}.tmp").touch()
+        os.utime(tmp_path / f".out.gguf.{name}.tmp", (0, 0))
+    with held(tmp_path / ".out.gguf.busy.tmp"):
+        both(tmp_path, folder)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [".out.gguf.busy.tmp", "out.gguf", "source"]
 
 
 @pytest.mark.parametrize("name", ["llama-biases", "mistral", "qwen3"])
