@@ -74,7 +74,8 @@ def export(
     origin = resolve_source(name)
     places = [run, folder, *([origin] if isinstance(origin, Path) else [])]
     if gguf is not None:
-        check_apart(gguf, *places)
+        if gguf.is_file():
+            check_apart(gguf, *places)
         pre = source_pre(origin) if isinstance(origin, Path) and origin.is_file() else None
         export_gguf(
             folder,
