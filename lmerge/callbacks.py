@@ -34,6 +34,7 @@ from lmerge.wandb_log import (
     log_model,
     log_page,
     log_plan,
+    wandb_loggers,
 )
 
 logger = logging.getLogger(__name__)
@@ -203,5 +204,7 @@ class ExportCheckpoint(Callback):
         export_model(plain, data.tokenizer, folder, card=card(module, []), overwrite=True)
         difference = verify_export(folder, plain, data.calibration_blocks()[:1])
         logger.info("exported to %s; reloaded logits differ by at most %.1e", folder, difference)
-        if self.wandb:
+        if self.wandb and not wandb_loggers(trainer.loggers):
+            logger.warning("`export.wandb` is ignored, since nothing is logged to W&B")
+        elif self.wandb:
             log_model(trainer.loggers, folder, module.merged.plan)
