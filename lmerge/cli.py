@@ -1,296 +1,99 @@
-"""The command line: LightningCLI's `fit`, `validate` and `test` around a run folder, and more."""
+"""The command line: what `lmerge` answers at once, and which file does the rest."""
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import warnings
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from itertools import pairwise
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import torch
-from jsonargparse import ActionConfigFile, set_parsing_settings  # type: ignore[attr-defined]
-from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger
-from torch import nn
+from lmerge import __version__
+from lmerge.commands import (
+    COMMANDS,
+    LIGHTNING,
+    UsageError,
+    as_switches,
+    closest_command,
+    help_text,
+)
+from lmerge.verbosity import set_up_logging, speaking, take_flags, verbosity
 
-from lmerge.alignment import HungarianAlignment
-from lmerge.callbacks import Artefacts, ExportCheckpoint, Repair
-from lmerge.data.module import MMLUDataModule
-from lmerge.estimate import Work, duration, estimate_seconds, measure_speed
-from lmerge.files import write_text
-from lmerge.gate import EXIT_CODE, GateConfig
-from lmerge.module import AlphaModule
-from lmerge.parser import COMMANDS, Parser
-from lmerge.planning import PlanningTrainer
-from lmerge.positional import add_options
-from lmerge.run_folder import prepare_run_dir, remove_run
-from lmerge.search import SEARCHES
-from lmerge.stopping import StopTogether
-from lmerge.wandb_log import WandbMode, fit_logger
-from lmerge.yaml_files import check_yaml
-
-logger = logging.getLogger(__name__)
-
-
-class WriteConfig(SaveConfigCallback):
-    """Writes config.yaml into the run folder when fitting starts."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "save_to_log_dir": False, "overwrite": True})
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and isinstance(pl_module, AlphaModule):
-            text = self.parser.dump(self.config, skip_none=False)
-            write_text(pl_module.run_dir / "config.yaml", text)
-
-
-class CLI(LightningCLI):
-    """LightningCLI with a run folder, its loggers and callbacks, and checks before any work."""
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        known = {
-            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
-            "validate": {"model", "dataloaders", "datamodule"},
-            "test": {"model", "dataloaders", "datamodule"},
-            "plan": {"model", "datamodule"},
-        }
-        # The parser of one takes as long as the rest of the start, so others are not built.
-        return {name: known[name] for name in sys.argv[1:2] if name in known} or known
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument(
-            "--run_dir", type=str, default="runs/default", help="Folder of the run's artefacts."
-        )
-        parser.add_argument(
-            "--overwrite", type=bool, default=False, help="Whether `fit` may replace a run folder."
-        )
-        parser.add_argument(
-            "--evaluate_after",
-            type=bool,
-            default=True,
-            help="Whether `fit` ends with an evaluation of source and merged model.",
-        )
-        parser.add_argument(
-            "--wandb",
-            type=WandbMode,
-            default="offline",
-            help="W&B: `offline` writes files in the run folder, `online` sends them.",
-        )
-        parser.add_lightning_class_args(HungarianAlignment, "alignment")
-        parser.add_lightning_class_args(Repair, "repair")
-        parser.add_lightning_class_args(Artefacts, "artefacts")
-        parser.add_lightning_class_args(ExportCheckpoint, "export")
-        parser.add_class_arguments(GateConfig, "gate")
-        parser.link_arguments("run_dir", "model.run_dir")
-        parser.link_arguments("run_dir", "trainer.default_root_dir")
-        parser.link_arguments("model.source", "data.source")
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        config = self._get(self.config_init, "trainer")
-        if self.subcommand == "plan":  # on what is here, whatever the fit is meant for
-            kind = "cpu" if config.get("accelerator") == "cpu" else "auto"
-            here = {"accelerator": kind, "devices": 1, "num_nodes": 1, "strategy": "auto"}
-            return super().instantiate_trainer(**here, logger=False, **kwargs)
-        run_dir = Path(self._get(self.config_init, "run_dir"))
-        if config.get("logger") in (None, True):
-            kwargs["logger"] = self._loggers(run_dir)
-        callbacks = [*(config.get("callbacks") or []), StopTogether()]
-        has_own = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
-        wanted = self.subcommand == "fit" and config.get("enable_checkpointing") is not False
-        if wanted and not has_own:
-            folder = run_dir / "checkpoints"
-            callbacks.append(ModelCheckpoint(folder, filename="alphas-{step}", save_last=True))
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
-
-    def _loggers(self, run_dir: Path) -> list[Logger]:
-        loggers: list[Logger] = []
-        if self.subcommand == "fit":
-            # A resumed fit keeps the log of what came before: logs, logs-2, ...
-            names = ["logs", *(f"logs-{i}" for i in range(2, 1000))]
-            overwrite = not self._get(self.config, "ckpt_path")
-            free = next(n for n in names if overwrite or not (run_dir / n).exists())
-            loggers.append(CSVLogger(run_dir, name="", version=free))
-        mode: WandbMode = self._get(self.config_init, "wandb")
-        if mode != "disabled" and os.environ.get("WANDB_MODE") != "disabled":
-            offline = mode == "offline" and "WANDB_SWEEP_ID" not in os.environ
-            config = self.config[str(self.subcommand)].as_dict()
-            loggers.append(fit_logger(config, str(self.subcommand), run_dir, offline=offline))
-        return loggers
-
-    def _parse_ckpt_path(self) -> None:
-        """Do nothing: lmerge's checkpoints hold no options, and bad ones are refused later."""
-
-    # Checks before anything is written.
-
-    def before_instantiate_classes(self) -> None:
-        """Check the run folder; a W&B agent's run gets its own inside, named by its id."""
-        run_id = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
-        if run_id:
-            config = self.config[str(self.subcommand)]
-            run_dir = Path(config.run_dir) / run_id
-            config.run_dir = config.model.run_dir = str(run_dir)
-            config.trainer.default_root_dir = str(run_dir)
-        run_dir = Path(self._get(self.config, "run_dir"))
-        resumed = self._get(self.config, "ckpt_path")
-        if self.subcommand == "fit":
-            check_epochs(self._get(self.config, "trainer.max_epochs"))
-        if self.subcommand == "fit" and not resumed:
-            prepare_run_dir(run_dir, overwrite=self._get(self.config, "overwrite"))
-
-    def after_instantiate_classes(self) -> None:
-        """Check data and model; only then the run folder is made, or emptied to be replaced."""
-        if self.subcommand == "plan":
-            if not self._get(self.config_init, "memory"):
-                self.datamodule.setup("fit")
-                self.model.check("fit", None)
-            return
-        ckpt_path = self._get(self.config, "ckpt_path")
-        self.model.gate = self._get(self.config_init, "gate")
-        if self.subcommand == "fit" and self._get(self.config_init, "evaluate_after"):
-            # What the evaluation at the end could not take must not cost a whole fit.
-            self.datamodule.setup("validate")
-        self.datamodule.setup(self.subcommand)
-        self.model.check(self.subcommand, ckpt_path)
-        if self.subcommand == "fit":
-            # Refuses settings such as a negative learning rate before anything is written.
-            self.model.optimizer([nn.Parameter(torch.zeros(1))])
-        if self.subcommand == "fit" and not ckpt_path:
-            remove_run(self.model.run_dir)
-        if self.subcommand == "fit":
-            self._announce()
-        self.model.run_dir.mkdir(parents=True, exist_ok=True)
-
-    @rank_zero_only
-    def _announce(self) -> None:
-        """Say how long the fit will take, before it starts."""
-        model, data = self.model, self.datamodule
-        repair: Repair = self._get(self.config_init, "repair")
-        searched = model.plan_path is None and model.plan_method in SEARCHES
-        work = Work(
-            num_tokens=data.calibration_blocks().numel(),
-            num_removed=model.num_removed,
-            search=str(model.plan_method) if searched else "",
-            num_steps=max(0, self.trainer.max_steps),
-            step_tokens=data.batch_size * data.block_size,
-            repair=repair.config,
-            heal=repair.heal,
-            block_size=data.block_size,
-        )
-        seconds = estimate_seconds(model.source, work, measure_speed(model.source))
-        logger.info("estimated time: about %s, then the evaluation", duration(seconds))
-
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        # Nothing is unpickled: a checkpoint holds tensors and plain values.
-        kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        if subcommand == "plan":
-            return kwargs
-        return {**kwargs, "weights_only": kwargs.get("weights_only") is not False}
-
-    def after_fit(self) -> None:
-        """Evaluate source and merged model, unless `--evaluate_after` is false."""
-        if self._get(self.config_init, "evaluate_after"):
-            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
-
-
-def check_epochs(max_epochs: int | None) -> None:
-    """Raise ValueError when a fit would end before it starts."""
-    if max_epochs == 0:
-        raise ValueError(
-            "`trainer.max_epochs` must be above 0, got 0. Raise it, or give `--trainer.max_steps "
-            "0` to merge without training."
-        )
-
-
-def _quiet() -> None:
-    """Keep to what a user can act on."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("lmerge").setLevel(logging.INFO)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*Using `DistributedSampler` with.*")  # repeats are dropped
-    warnings.filterwarnings(
-        "ignore", ".*heckpoint directory .* exists and is not empty.*"
-    )  # resumed
-    warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # as it must be
-    warnings.filterwarnings("ignore", ".*LeafSpec.*")
-    warnings.filterwarnings("ignore", ".*jsonargparse.*")
+INTERRUPTED = 130
 
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; a user's mistake ends in one line and exit code 2."""
-    _quiet()
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    args = sys.argv[1:] if args is None else args
-    try:
-        for path in _config_files(args):
-            check_yaml(path)
-        if args and args[0] in COMMANDS:
-            _run_command(args[0], args[1:])
+    args, level = take_flags(list(sys.argv[1:] if args is None else args))
+    with speaking(level), _ending():
+        if args[:1] == ["help"]:
+            args = [*args[1:2], "--help"]
+        if not args or args[0] in ("-h", "--help"):
+            sys.stdout.write(help_text() + "\n")
+        elif args[0] in ("-V", "--version"):
+            sys.stdout.write(f"lmerge {__version__}\n")
         else:
-            _run_lightning([_as_switch(*pair) for pair in zip(args, [*args[1:], ""], strict=True)])
-    except ValueError as error:
-        if os.environ.get("LMERGE_TRACEBACK"):
-            raise
-        sys.stderr.write(f"lmerge: error: {' '.join(str(error).split())}\n")
-        sys.exit(2)
+            _check_command(args[0])
+            set_up_logging()
+            run(args)
 
 
-def _config_files(args: list[str]) -> list[Path]:
-    """Return the files that are given as configs."""
-    named = [value for flag, value in pairwise(args) if flag in ("-c", "--config")]
-    named += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
-    return [Path(name) for name in named if Path(name).is_file()]
+def run(args: list[str]) -> object:
+    """Run a command and return what its function returns; nothing is caught here.
+
+    Args:
+        args: Name and options of the command, without `-q` and `-v`.
+    """
+    # What a command needs is imported when it is called, so that help comes at once.
+    from lmerge.yaml_files import check_yaml, with_shipped_configs
+
+    args, paths = with_shipped_configs(as_switches(args))
+    for path in paths:
+        check_yaml(path)
+    target = COMMANDS[args[0]].target
+    if target == LIGHTNING:
+        return _function(target)(args)
+    from lmerge.parser import run_function
+
+    return run_function(args[0], _function(target), args[1:])
 
 
-def _as_switch(arg: str, following: str) -> str:
-    """Let `--memory` of `lmerge plan` stand alone."""
-    alone = arg == "--memory" and following.lower() not in ("true", "false")
-    return "--memory=true" if alone else arg
+def _function(target: str) -> Any:
+    module, _, name = target.partition(":")
+    return getattr(import_module(module), name)
 
 
-def _run_command(name: str, args: list[str]) -> None:
-    module, function = COMMANDS[name]
-    command = getattr(import_module(module), function)
-    parser = Parser(prog=f"lmerge {name}", description=command.__doc__.partition("\n")[0])
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options.")
-    add_options(parser, command)
-    options = parser.instantiate_classes(parser.parse_args(args))
-    command(**{key: value for key, value in options.items() if key != "config"})
-
-
-def _run_lightning(args: list[str]) -> None:
-    with _argv(args):
-        cli = CLI(
-            AlphaModule,
-            MMLUDataModule,
-            trainer_class=PlanningTrainer,
-            save_config_callback=WriteConfig,
-            parser_class=Parser,
-            seed_everything_default=0,
-            trainer_defaults={"max_epochs": 2, "num_sanity_val_steps": 0},
-            auto_configure_optimizers=False,
-        )
-    if cli.model.gate.enforce and not all(check.passed for check in cli.model.checks):
-        sys.stderr.write("lmerge: the merged model failed its gate; see the table.\n")
-        sys.exit(EXIT_CODE)
+def _check_command(name: str) -> None:
+    if name in COMMANDS:
+        return
+    if name.startswith("-"):
+        raise UsageError(f"a command must come first, got {name}; its options follow it.")
+    known = ", ".join(COMMANDS)
+    raise UsageError(f"the command must be one of {known}, got {name!r}.{closest_command(name)}")
 
 
 @contextmanager
-def _argv(args: list[str]) -> Iterator[None]:
-    """Let LightningCLI, and the processes that a strategy starts, read the arguments from argv."""
-    before, sys.argv = sys.argv, [sys.argv[0], *args]
+def _ending() -> Iterator[None]:
+    """Turn errors into one line and the exit code that `commands.EXIT_CODES` documents."""
     try:
         yield
-    finally:
-        sys.argv = before
+    except UsageError as error:
+        _explain(error, error.message)
+    except ValueError as error:
+        _explain(error, " ".join(str(error).split()))
+    except KeyboardInterrupt:
+        sys.stderr.write("lmerge: stopped.\n")
+        sys.exit(INTERRUPTED)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's own way to end
+            sys.exit(INTERRUPTED)
+        raise
+
+
+def _explain(error: BaseException, line: str) -> NoReturn:
+    if os.environ.get("LMERGE_TRACEBACK") or verbosity() == "verbose":
+        traceback.print_exception(error)
+    sys.stderr.write(f"lmerge: error: {line}\n")
+    sys.exit(2)

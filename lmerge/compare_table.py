@@ -36,7 +36,11 @@ def write_tables(run_dir: Path, cells: Sequence[Cell], order: Sequence[str]) -> 
     rows = [row_of(cell, cells) for cell in cells]
     write_text(run_dir / "compare.csv", as_csv(rows))
     write_text(run_dir / "compare.md", as_markdown(rows))
-    write_json(run_dir / "compare.json", {"rows": rows, "cells": list(cells)}, schema=SCHEMA)
+    write_json(
+        run_dir / "compare.json",
+        {"rows": rows, "records": records(cells), "cells": list(cells)},
+        schema=SCHEMA,
+    )
     save(pareto_figure(cells), run_dir / "pareto.png")
     _print(rows)
     return rows
@@ -63,6 +67,28 @@ def row_of(cell: Cell, cells: Sequence[Cell]) -> Row:
     row["speedup"] = cost["prefill_tokens_per_s"] / cell["cost"]["source"]["prefill_tokens_per_s"]
     row["minutes"] = cell["minutes"]
     return row | _against_best(cell, cells)
+
+
+def records(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Return one flat record for each method, budget and text: what other programs read.
+
+    Losses and KL are in nats a token; each accuracy comes with its 95% interval.
+    """
+    found = []
+    for cell in cells:
+        shared = {
+            "method": cell["method"],
+            "budget": cell["num_removed"],
+            "minutes": cell["minutes"],
+            "commit": cell["provenance"]["git_commit"],
+        }
+        for scoring, rate in cell["choices"].items():
+            shared[f"accuracy_{scoring}"] = rate["accuracy"]
+            shared[f"interval_{scoring}"] = [rate["low"], rate["high"]]
+        for name, text in cell["texts"].items():
+            losses = {key: text[key] for key in ("loss", "source_loss", "tokens", "kl")}
+            found.append({**shared, "text": name, **losses})
+    return found
 
 
 def held_out_loss(cell: Cell) -> float:

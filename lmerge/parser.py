@@ -2,64 +2,53 @@
 
 from __future__ import annotations
 
-import difflib
-import re
-import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
-from lightning.pytorch.cli import LightningArgumentParser
+from jsonargparse import (  # type: ignore[attr-defined]
+    ActionConfigFile,
+    ArgumentParser,
+    set_parsing_settings,
+)
 
-COMMANDS: dict[str, tuple[str, str]] = {
-    "compare": ("lmerge.compare", "compare"),
-    "similarity": ("lmerge.similarity_study", "run_similarity"),
-    "transfer": ("lmerge.transfer_study", "run_transfer"),
-    "sweep": ("lmerge.sweep", "sweep"),
-    "export": ("lmerge.export_run", "export"),
-    "diff": ("lmerge.diff", "diff"),
-    "report": ("lmerge.report", "report"),
-}
-"""Commands beside fit, validate and test: name -> (module, function), imported when called.
-
-The function's signature gives the options and its docstring their help.
-"""
-
-RENAMED = {"num_merges": "num_removed", "num_layers_removed": "num_removed"}
-"""Names that people try, and what the option is called here."""
+from lmerge.commands import EPILOG, UsageError
+from lmerge.hints import explained
+from lmerge.positional import add_options
 
 
-class Parser(LightningArgumentParser):
+class Hints(ArgumentParser):
     """A parser that takes no abbreviations and reports an error in one line with a hint."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("epilog", EPILOG)
         super().__init__(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         parser = getattr(ex, "subcommand_parser", None) or self
-        line = " ".join(message.split())
-        sys.stderr.write(f"lmerge: error: {line}{_hint(parser, line)}\n")
-        sys.exit(2)
+        raise UsageError(explained(" ".join(message.split()), sorted(_option_names(parser))))
 
 
-def _hint(parser: Any, message: str) -> str:
-    """Return a `did you mean` for the first unknown option in a message."""
-    typed = re.search(r"subcommand: invalid choice: '(\w+)' \(choose from (.*)\)", message)
-    if typed is not None:
-        known = [*re.findall(r"\w+", typed[2]), *COMMANDS]
-        close = difflib.get_close_matches(typed[1], known, n=1)
-        return f" Did you mean `lmerge {close[0]}`?" if close else ""
-    match = re.search(
-        r"(?:[Uu]nrecognized arguments: (?:--)?|[Kk]ey ['\"]?|option ['\"])([\w.]+)", message
-    )
-    if match is None:
-        return ""
-    key = match[1]
-    stem, _, leaf = key.rpartition(".")
-    options = list(_option_names(parser))
-    wanted = f"{stem}.{RENAMED[leaf]}".lstrip(".") if leaf in RENAMED else key
-    close = difflib.get_close_matches(wanted, options, n=1, cutoff=0.6)
-    close = close or [name for name in options if name.rpartition(".")[2] == leaf][:1]
-    return f" Did you mean `--{close[0]}`?" if close else ""
+def function_parser(name: str, function: Callable[..., object]) -> Hints:
+    """Return the parser of a command whose options are a function's parameters."""
+    docstring_options()
+    assert function.__doc__ is not None
+    parser = Hints(prog=f"lmerge {name}", description=function.__doc__.partition("\n")[0])
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options.")
+    add_options(parser, function)
+    return parser
+
+
+def run_function(name: str, function: Callable[..., object], args: list[str]) -> object:
+    """Call a function with the options of a command line."""
+    parser = function_parser(name, function)
+    options = parser.instantiate_classes(parser.parse_args(args))
+    return function(**{key: value for key, value in options.items() if key != "config"})
+
+
+def docstring_options() -> None:
+    """Let the strings below the fields of dataclasses be the help of their options."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 def _option_names(parser: Any) -> set[str]:

@@ -8,12 +8,17 @@ from typing import TypeVar
 
 from tqdm.auto import tqdm
 
+from lmerge.verbosity import verbosity
+
 Item = TypeVar("Item")
 
 
 def track(items: Iterable[Item], description: str, *, total: int | None = None) -> Iterator[Item]:
-    """Iterate with a bar and an ETA on rank 0; the bar appears after one second."""
-    silent = _rank() not in (0, None)
+    """Iterate with a bar and an ETA on rank 0; it appears after one second.
+
+    With `-q` there is none.
+    """
+    silent = _rank() not in (0, None) or verbosity() == "quiet"
     bar = tqdm(items, desc=description, total=total, delay=1, disable=silent, dynamic_ncols=True)
     yield from bar
 

@@ -6,6 +6,15 @@ from pathlib import Path
 
 import yaml
 
+SHIPPED = next(
+    folder
+    for folder in (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
+    if folder.is_dir() or folder.parent != Path(__file__).parent
+)
+"""Folder of the configs that come with lmerge: in an installed package, or in its repository."""
+
+CONFIG_FLAGS = ("-c", "--config")
+
 MAX_NODES = 100_000
 """Values that a file may hold once its aliases are written out."""
 
@@ -40,3 +49,29 @@ def _count(node: yaml.Node, known: dict[int, int]) -> int:
         found = 1 + sum(_count(child, known) for child in children)
         known[id(node)] = found
     return found
+
+
+def shipped_config(name: str) -> Path | None:
+    """Return the config of lmerge that `best`, `best.yaml` or `configs/best.yaml` names."""
+    path = SHIPPED / f"{name.removeprefix('configs/').removesuffix('.yaml')}.yaml"
+    inside = path.resolve().is_relative_to(SHIPPED.resolve())
+    return path if inside and path.is_file() else None
+
+
+def with_shipped_configs(args: list[str]) -> tuple[list[str], list[Path]]:
+    """Return the arguments with lmerge's own configs by path, and all files given as configs.
+
+    A file of that name in the working folder comes first.
+    """
+    found, paths = list(args), []
+    for i, arg in enumerate(args):
+        flag, sign, value = arg.partition("=")
+        if flag not in CONFIG_FLAGS:
+            continue
+        at = i if sign else i + 1
+        name = value if sign else "".join(args[at : at + 1])
+        path = Path(name) if Path(name).is_file() else shipped_config(name)
+        if path is not None:
+            found[at] = f"{flag}={path}" if sign else str(path)
+            paths.append(path)
+    return found, paths

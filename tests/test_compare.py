@@ -71,6 +71,22 @@ def test_tables_and_figure_are_written(finished: Path) -> None:
     assert (finished / "pareto.png").stat().st_size > 1000
 
 
+def test_every_text_of_a_cell_is_a_record_of_its_own(finished: Path) -> None:
+    records = json.loads((finished / "compare.json").read_text())["records"]
+    losses = {(r["method"], r["budget"], r["text"]): r["loss"] for r in records}
+    expected = {
+        (cell["method"], cell["num_removed"], name): text["loss"]
+        for cell in cells(finished)
+        for name, text in cell["texts"].items()
+    }
+    assert losses == expected
+    for record in records:
+        assert (
+            record["interval_cloze"][0] <= record["accuracy_cloze"] <= record["interval_cloze"][1]
+        )
+        assert {"source_loss", "tokens", "kl", "minutes", "commit"} <= set(record)
+
+
 def test_texts_are_the_calibration_blocks_and_those_that_were_held_back(finished: Path) -> None:
     for cell in cells(finished):
         assert set(cell["texts"]) == {"en", "questions", "calibration"}

@@ -9,6 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "lmerge"
 
 # In the order in which one model goes from load to report; helpers stand before their first user.
 ORDER = (
+    "commands",
+    "verbosity",
     "files",
     "folders",
     "big_files",
@@ -129,7 +131,11 @@ ORDER = (
     "sweep_results",
     "sweep",
     "run_folder",
+    "hints",
     "parser",
+    "lightning_cli",
+    "api",
+    "completion",
     "cli",
     "__main__",
 )
