@@ -1,4 +1,4 @@
-"""What the documentation says can be done: commands parse, examples run, functions and links exist."""
+"""Commands of the documentation parse, its examples run, its functions and links exist."""
 
 import doctest
 import re
@@ -80,13 +80,19 @@ def test_python_examples_do_what_they_show(tiny_dir: Path, tmp_path: Path) -> No
     assert not done.failed
 
 
+METHODS = [ROOT / "docs" / f"{n}.md" for n in ("method", "alignment", "similarity", "baselines")]
+FILES = re.compile(r"\.(py|json|html|md|yaml|safetensors|csv|png)$")
+
 NAMED = sorted(
     {
         (page.name, name)
-        for page in PAGES
+        for page in METHODS
         for name in re.findall(r"`((?:\w+\.)+[A-Za-z]\w*)`", page.read_text())
-        if (ROOT / "lmerge" / f"{name.split('.')[0]}.py").is_file()
-        or name.startswith(("baselines.", "lmerge."))
+        if not FILES.search(name)
+        and (
+            (ROOT / "lmerge" / f"{name.split('.')[0]}.py").is_file()
+            or name.startswith(("baselines.", "lmerge."))
+        )
     }
 )
 

@@ -17,10 +17,10 @@ FOREIGN = ("trainer.", "optimizer.", "lr_scheduler.")
 """Options whose texts are Lightning's and torch's."""
 
 UNITS = re.compile(
-    r"\b(tokens?|layers?|blocks?|questions?|prompts?|positions?|processes|steps?|epochs?|GiB|seconds|"
-    r"minutes|share|seed|rate|neighbou?rs|factor|times|trials?|resamples|examples|pairs|jobs|"
-    r"passes|bandwidth|width|weight|power|temperature|regulari[sz]ation|at least|at most|above|below|"
-    r"between|number of|0 is|null)\b",
+    r"\b(tokens?|layers?|blocks?|questions?|prompts?|positions?|processes|steps?|epochs?|GiB|"
+    r"seconds|minutes|share|seed|rate|neighbou?rs|factor|times|trials?|resamples|examples|pairs|jobs|"
+    r"passes|bandwidth|width|weight|power|temperature|regulari[sz]ation|at least|at most|"
+    r"above|below|between|number of|0 is|null)\b",
     flags=re.I,
 )
 
