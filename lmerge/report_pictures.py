@@ -127,12 +127,13 @@ def alignment_items(records: Sequence[RunRecord], figures: Figures) -> list[Item
         figure = matrices_figure(before, after)
         figure.set_size_inches(WIDTH, 3.3)
         caption = f"Method {record.alignment['method']}"
+        caption += f" ({record.name})" if len(records) > 1 else ""
         means = [[_mean(found, name) for found in (before, after)] for name in _names(before)]
         rows = [[name, *map(_cell, pair)] for name, pair in zip(_names(before), means, strict=True)]
         neurons = record.alignment.get("neurons")
         if neurons:
             rows.insert(0, ["neurons", *(_cell(neurons[when]) for when in ("before", "after"))])
-        items.append(figures.item(figure, caption, run=record.name, rows=rows))
+        items.append(figures.item(figure, caption, rows=rows))
     return items
 
 

@@ -79,6 +79,7 @@ def read_record(run_dir: Path, name: str, study: Path | None = None) -> RunRecor
         )
     plan, text = read_plan(run_dir / "plan.json"), _text(run_dir / "config.yaml")
     alphas_path = run_dir / "alphas.json"
+    metrics = _optional(run_dir / "metrics.json")
     folders = [run_dir / "similarity", *([study] if study else [])]
     return RunRecord(
         name=name,
@@ -87,7 +88,7 @@ def read_record(run_dir: Path, name: str, study: Path | None = None) -> RunRecor
         config_text=text,
         config=_parsed(run_dir / "config.yaml", text),
         alphas=read_alphas(alphas_path, plan) if alphas_path.is_file() else None,
-        stages=_optional(run_dir / "metrics.json", restored),
+        stages={name: _results(data) for name, data in metrics.items()},
         similarity={m: found for folder in folders for m, found in read_similarity(folder).items()},
         alignment=_optional(run_dir / "alignment" / STUDY),
         series=read_series(run_dir),
@@ -139,9 +140,14 @@ def unique_names(run_dirs: Sequence[Path]) -> list[str]:
     return [f"{run_dir} ({i + 1})" for i, run_dir in enumerate(run_dirs)]
 
 
-def _optional(path: Path, convert: Any = dict) -> dict[str, Any]:
-    found: dict[str, Any] = convert(read_json(path, schema=SCHEMA)) if path.is_file() else {}
-    return found
+def _results(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the results of a stage, in which only a measured null is no number."""
+    options = {name: data[name] for name in ("settings", "seeds", "provenance") if name in data}
+    return {**restored(data), **options}
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path, schema=SCHEMA) if path.is_file() else {}
 
 
 def _candidates(data: Mapping[str, Any]) -> list[Candidate]:

@@ -138,7 +138,7 @@ def _facts(results: Results) -> list[list[str]]:
     if results.get("source_fingerprint"):
         marks["fingerprint of the source"] = results["source_fingerprint"]
     known = {**results.get("provenance", {}), **seeds, **marks}
-    return [[name, str(value)] for name, value in known.items() if value == value]
+    return [[name, str(value)] for name, value in known.items() if value is not None]
 
 
 def missing_items(records: Sequence[RunRecord], stage: Stage) -> list[Item]:

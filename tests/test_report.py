@@ -199,6 +199,7 @@ def test_several_runs_stand_side_by_side_with_paired_tests(
     assert heads.count("run") == 2
     assert "2 runs side by side" in Page(html).text
     assert "different data" not in html
+    assert "Not the same" not in html
 
 
 def test_runs_on_different_data_keep_their_own_source_column(run_dir: Path, copied: Path) -> None:
@@ -209,6 +210,16 @@ def test_runs_on_different_data_keep_their_own_source_column(run_dir: Path, copi
     html = page(run_dir, copied)
     assert "different data" in html
     assert "Not comparable" in html
+
+
+def test_heatmaps_of_runs_with_other_plans_have_a_switch(run_dir: Path, copied: Path) -> None:
+    (copied / "alphas.json").unlink()
+    plan = json.loads((copied / "plan.json").read_text())
+    plan["groups"] = [{"members": [0, 1], "anchor": 0}]
+    (copied / "plan.json").write_text(json.dumps(plan))
+    found = Page(page(run_dir, copied))
+    names = [a["name"] for tag, a in found.elements if tag == "select"]
+    assert names == ["run", "domain", "language"]
 
 
 def test_a_study_adds_its_matrices_by_domain_and_language(

@@ -81,6 +81,10 @@ def linear_patch(data: Calibration, num_removed: int) -> Shallow:
     return Shallow(with_layers(shorter.model, layers, range(len(layers))), shorter.kept)
 
 
+COMP_TOKENS = 8192
+"""Calibration tokens on which Prune&Comp measures influences and one scale at each removal."""
+
+
 @torch.no_grad()
 def prune_and_compensate(data: Calibration, num_removed: int) -> Shallow:
     """Remove one layer at a time and undo the change of scale (Prune&Comp, arXiv:2507.18212).
@@ -90,9 +94,11 @@ def prune_and_compensate(data: Calibration, num_removed: int) -> Shallow:
     embedding, o and down before the gap by a. Because of the norms it is the same, up to their
     epsilon, to divide o and down after the gap by a, and the embedding may stay tied to the head.
     """
+    num_blocks = max(1, COMP_TOKENS // data.token_BT.shape[1])
+    token_BT = data.token_BT[:: max(1, len(data.token_BT) // num_blocks)][:num_blocks]
     current = keep_layers(data.source, range(data.depth))
     for _ in track(range(num_removed), "Prune&Comp", total=num_removed):
-        states = layer_inputs(current.model, data.token_BT)
+        states = layer_inputs(current.model, token_BT)
         place = int(block_influences(states).argmin())
         before, after = (states[i].double().abs().mean(dim=1) for i in (place, place + 1))
         scale = float((after / before).mean())
