@@ -227,8 +227,12 @@ def export_merged(module: AlphaModule, folder: Path, *, text: str, overwrite: bo
     """
     assert module.state is not None
     merged, source_dir = module.merged, checkpoint_folder(module.source_name, weights=True)
-    learned = {"alphas": merged.alphas(), "refits": merged.refits()}
-    state = replace(module.state, **learned, kept_refits=merged.kept_refits)
+    state = replace(
+        module.state,
+        alphas=merged.alphas(),
+        refits=merged.refits(),
+        kept_refits=merged.kept_refits,
+    )
     streamed = StreamedMerge(source_dir, state, dtype=module.dtype_name)
     export_streamed(
         source_dir,

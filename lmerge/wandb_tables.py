@@ -34,9 +34,10 @@ def wandb_run(mode: WandbMode, folder: Path, name: str, kind: str, group: str) -
         return
     import wandb
 
-    about = {"project": PROJECT, "name": name, "job_type": kind, "group": group}
     try:
-        run = wandb.init(**about, dir=folder, mode=mode)
+        run = wandb.init(
+            project=PROJECT, name=name, job_type=kind, group=group, dir=folder, mode=mode
+        )
     except wandb.Error as error:
         raise ValueError(
             f"W&B must be reachable for `--wandb {mode}`, got: {one_line(error)}. The results are "
