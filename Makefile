@@ -10,7 +10,7 @@ export WANDB_MODE ?= offline
 export WANDB_SILENT ?= true
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test check format bench fuzz clean
+.PHONY: help setup demo test coverage check format docs package bench fuzz clean
 
 help:  ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,12 @@ demo: setup  ## Merge 3 of the 30 layers of SmolLM2-135M, evaluate, export to ru
 test: setup  ## Run the whole test suite, with the real model
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
+coverage: setup  ## Run the whole test suite and fail below 90% branch coverage
+	OMP_NUM_THREADS=1 $(BIN)/python -m coverage erase
+	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
+
 check: setup  ## Check format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -40,6 +46,16 @@ check: setup  ## Check format, lint and types
 format: setup  ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: setup  ## Build the documentation site into build/site; a broken link is an error
+	$(PIP) install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict
+
+package: setup  ## Build wheel and sdist, and run both in environments of their own
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+	tests/try_package.sh dist/*.whl
+	tests/try_package.sh dist/*.tar.gz
 
 bench: setup  ## Run the benchmarks
 	set -e; for script in benchmarks/*.py; do $(BIN)/python $$script; done

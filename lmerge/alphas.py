@@ -38,7 +38,7 @@ class AlphaConfig:
     """Shares of single merges of `fixed` that differ from `value`; 0 is a group's first merge,
     that of its last two layers."""
     beta: float = 1.0
-    """Slope of the sigmoid of `mka`; finite."""
+    """Slope of the sigmoid of `mka`, a factor without unit; finite, 0 is equal shares."""
     path: str | None = None
     """For `file`: alphas.json of a run, or a published list of merges."""
     simplex: bool = False

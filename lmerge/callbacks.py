@@ -39,6 +39,7 @@ from lmerge.wandb_log import (
     log_model,
     log_page,
     log_plan,
+    wandb_loggers,
 )
 
 logger = logging.getLogger(__name__)
@@ -206,7 +207,9 @@ class ExportCheckpoint(Callback):
         folder = module.run_dir / "model"
         difference = export_merged(module, folder, text=card(module, []), overwrite=True)
         logger.info("exported to %s; reloaded logits differ by at most %.1e", folder, difference)
-        if self.wandb:
+        if self.wandb and not wandb_loggers(trainer.loggers):
+            logger.warning("`export.wandb` is ignored, since nothing is logged to W&B")
+        elif self.wandb:
             log_model(trainer.loggers, folder, module.merged.plan)
 
 

@@ -20,11 +20,11 @@ class GateConfig:
     """Perplexity of the merged model over the source's, on each text; at least 1."""
     min_accuracy_ratio: float | None = 0.8
     """Upper end of the merged model's 95% interval over the source's accuracy, for each scoring and
-    for last words; in [0, 1]."""
+    for last words; a share from 0 to 1."""
     max_kl: float | None = 1.0
     """KL from the source on each text, in nats a token; above 0."""
     min_distinct: float | None = 0.1
-    """Distinct bigrams over bigrams of the greedy continuations; in [0, 1]."""
+    """Share of distinct bigrams in the greedy continuations; from 0 to 1."""
     max_repetition: float | None = 0.5
     """Share of repeated 4-grams in the greedy continuations, beyond the source's; in [0, 1]."""
 

@@ -79,10 +79,8 @@ def set_up_logging() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     quiet = level == "quiet"
     logging.getLogger("lmerge").setLevel(logging.WARNING if quiet else logging.INFO)
-    for name in LOGGERS[1:] if quiet else ():
+    for name in LOGGERS[1:]:
         logging.getLogger(name).setLevel(logging.WARNING)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).addFilter(_is_no_tip)
     ignore_noise()
 
 
@@ -106,7 +104,3 @@ def library_call(*, verbose: bool) -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
-
-
-def _is_no_tip(record: logging.LogRecord) -> bool:
-    return "Tip:" not in record.getMessage()

@@ -44,12 +44,13 @@ def test_compress_leaves_the_run_of_fit(tiny_dir: Path, tmp_path: Path) -> None:
         tmp_path / "run",
         lmerge.MergePlan(num_layers=4, groups=(lmerge.Group(members=(1, 2), anchor=1),)),
     )
-    result = lmerge.compress(tiny_dir, plan=plan, run_dir=run_dir, options=OPTIONS)
+    result = lmerge.compress(tiny_dir, plan=plan, run_dir=run_dir, evaluate=False, options=OPTIONS)
     assert json.loads((run_dir / "plan.json").read_text())["groups"] == [
         {"members": [1, 2], "anchor": 1}
     ]
-    again = lmerge.validate(run_dir)
-    assert again["text"]["en"]["merged"]["loss"] == result.results["text"]["en"]["merged"]["loss"]
+    assert (run_dir / "model" / "config.json").is_file()
+    assert result.results == {}
+    assert result.rows == []
 
 
 def test_find_plan_gives_the_plan_of_compress(result: lmerge.Compressed, tiny_dir: Path) -> None:
