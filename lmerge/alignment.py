@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -33,7 +35,7 @@ class HungarianAlignment(Callback):
 
     What was found is kept in `model.cache_dir`, or in the run folder under `alignment_cache/`, by
     source, plan, method and calibration blocks, so that another run with the same ones does not
-    solve again.
+    solve again. A run that is killed in between keeps the layers that it has aligned.
 
     Args:
         method: `weights`, `activations` (their correlation on calibration tokens) or `both` match
@@ -92,9 +94,11 @@ class HungarianAlignment(Callback):
             if orders:
                 logger.info("alignment read from %s", path)
             else:
-                orders = self._solve(module, groups, blocks_BT)
+                parts = path.with_suffix(".parts")
+                orders = self._solve(module, groups, blocks_BT, parts)
                 if orders:
                     write_orders(module.run_dir, orders, path)
+                shutil.rmtree(parts, ignore_errors=True)
         for group in track(groups, "matched similarity"):
             self._measure(group, members(module, group), orders)
         return orders
@@ -113,30 +117,43 @@ class HungarianAlignment(Callback):
         return alignment_key(fingerprint, module.state.plan, method, blocks_BT)
 
     def _solve(
-        self, module: AlphaModule, groups: Sequence[Group], blocks_BT: Tensor | None
+        self, module: AlphaModule, groups: Sequence[Group], blocks_BT: Tensor | None, parts: Path
     ) -> Orders:
+        """Align all groups; what is found is kept in `parts`, where a killed run left off."""
         method = Method(
             aligner=self.method,
             spec=head_spec(module.source.config),
             reference=self.reference,
             temperature=self.temperature,
         )
-        tasks = (self._task(module, group, blocks_BT) for group in groups)
+        orders: Orders = {}
+        for part in sorted(parts.glob("*.safetensors")):
+            orders |= read_orders(part)
+        if orders:
+            logger.info("%d layers were aligned before", len(orders))
+        left = {group: _left(group, orders) for group in groups}
+        tasks = (self._task(module, g, layers, blocks_BT) for g, layers in left.items() if layers)
         num_pairs = sum(
-            1 if is_joint(g.members, self.method, self.reference) else len(g.members) - 1
-            for g in groups
+            1 if is_joint(group.members, self.method, self.reference) else len(layers)
+            for group, layers in left.items()
+            if layers
         )
         solved = align_tasks(tasks, method, num_jobs=self.num_jobs)
-        orders: Orders = {}
         for found in track(solved, "alignment", total=num_pairs):
+            if found:
+                write_orders(module.run_dir, found, parts / f"{min(found)}.safetensors")
             orders |= found
         return orders
 
-    def _task(self, module: AlphaModule, group: Group, blocks_BT: Tensor | None) -> Task:
+    def _task(
+        self, module: AlphaModule, group: Group, left: Sequence[int], blocks_BT: Tensor | None
+    ) -> Task:
         known = None
         if blocks_BT is not None:
             known = neuron_activations(module.source, group.members, blocks_BT)
-        return Task(group.anchor, members(module, group), known)
+        wanted = {group.anchor, *left}
+        framed = {i: layer for i, layer in members(module, group).items() if i in wanted}
+        return Task(group.anchor, framed, known)
 
     def _measure(self, group: Group, layers: dict[int, LayerTensors], orders: Orders) -> None:
         anchor, same = layers[group.anchor], torch.arange(len(layers[group.anchor]["gate_proj"]))
@@ -171,6 +188,10 @@ class HungarianAlignment(Callback):
     def _cosines(self, layer: int) -> str:
         before, after = (self.matrices[when][layer] for when in ("before", "after"))
         return ", ".join(f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in before)
+
+
+def _left(group: Group, orders: Orders) -> list[int]:
+    return [i for i in group.members if i != group.anchor and i not in orders]
 
 
 def members(module: AlphaModule, group: Group) -> dict[int, LayerTensors]:

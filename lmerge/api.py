@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from weakref import finalize
 
 from lmerge.artefacts import card
+from lmerge.callbacks import export_merged
 from lmerge.commands import UsageError
-from lmerge.export import export_model
 from lmerge.gate import gate_rows
 from lmerge.lightning_cli import CLI, run_cli
 from lmerge.plan import MergePlan
@@ -80,7 +80,7 @@ class Compressed:
             overwrite: Whether an older export there may be replaced.
         """
         text = card(self._module, self.rows)
-        export_model(self.model, self.tokenizer, Path(folder), card=text, overwrite=overwrite)
+        export_merged(self._module, Path(folder), text=text, overwrite=overwrite)
         return Path(folder)
 
 

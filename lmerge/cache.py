@@ -106,12 +106,22 @@ def _write_states(
     paths: list[Path],
     shape: tuple[int, ...],
 ) -> None:
-    """Write the states batch by batch, so that no more than a batch is in memory."""
+    """Write the states batch by batch, so that no more than a batch is in memory.
+
+    A process that was killed over it left its batches, and a file of one byte for each.
+    """
     partial = [path.with_name(path.name + ".partial") for path in paths]
+    done_path = paths[0].with_suffix(".done")
+    done = done_path.stat().st_size if all(p.is_file() for p in (*partial, done_path)) else 0
     mapped = [_mapped(path, shape, source.dtype) for path in partial]
-    for i, states in enumerate(_states(source, token_BT, first_merged, batch_size=4)):
-        for file, state_BTD in zip(mapped, states, strict=True):
-            file[4 * i : 4 * i + 4].copy_(state_BTD)
+    size = 4
+    with done_path.open("ab" if done else "wb", buffering=0) as counter:
+        left_BT = token_BT[size * done :]
+        for i, states in enumerate(_states(source, left_BT, first_merged, size), start=done):
+            for file, state_BTD in zip(mapped, states, strict=True):
+                file[size * i : size * (i + 1)].copy_(state_BTD)
+            counter.write(b".")
+    done_path.unlink()
     for path, wanted in zip(partial, paths, strict=True):
         path.rename(wanted)  # a file of this name is whole
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -21,12 +23,15 @@ from lmerge.artefacts import (
     write_similarity,
 )
 from lmerge.compose import repair
-from lmerge.export import export_model, verify_export
+from lmerge.export import verify_export
 from lmerge.heal import HealConfig, heal
 from lmerge.module import AlphaModule
 from lmerge.repair import RepairConfig
 from lmerge.report import FILE_NAME, write_report
 from lmerge.runs import write_orders, write_plan, write_refits
+from lmerge.source import checkpoint_folder
+from lmerge.streamed_export import export_streamed
+from lmerge.streamed_merge import StreamedMerge
 from lmerge.wandb_log import (
     TRAINING,
     define_goals,
@@ -34,6 +39,7 @@ from lmerge.wandb_log import (
     log_model,
     log_page,
     log_plan,
+    wandb_loggers,
 )
 
 logger = logging.getLogger(__name__)
@@ -198,10 +204,42 @@ class ExportCheckpoint(Callback):
         if module.is_sharded:
             _say_later(module, "exported")
             return
-        data, folder = module.data(), module.run_dir / "model"
-        plain = module.merged.plain()
-        export_model(plain, data.tokenizer, folder, card=card(module, []), overwrite=True)
-        difference = verify_export(folder, plain, data.calibration_blocks()[:1])
+        folder = module.run_dir / "model"
+        difference = export_merged(module, folder, text=card(module, []), overwrite=True)
         logger.info("exported to %s; reloaded logits differ by at most %.1e", folder, difference)
-        if self.wandb:
+        if self.wandb and not wandb_loggers(trainer.loggers):
+            logger.warning("`export.wandb` is ignored, since nothing is logged to W&B")
+        elif self.wandb:
             log_model(trainer.loggers, folder, module.merged.plan)
+
+
+def export_merged(module: AlphaModule, folder: Path, *, text: str, overwrite: bool) -> float:
+    """Write the merged model of a module from its source on disk, as `lmerge export` does.
+
+    Args:
+        module: What holds the merged model.
+        folder: Where the checkpoint goes.
+        text: Its model card.
+        overwrite: Whether an older checkpoint there may be replaced.
+
+    Returns:
+        The largest difference of a logit between the model in memory and the checkpoint.
+    """
+    assert module.state is not None
+    merged, source_dir = module.merged, checkpoint_folder(module.source_name, weights=True)
+    state = replace(
+        module.state,
+        alphas=merged.alphas(),
+        refits=merged.refits(),
+        kept_refits=merged.kept_refits,
+    )
+    streamed = StreamedMerge(source_dir, state, dtype=module.dtype_name)
+    export_streamed(
+        source_dir,
+        streamed,
+        folder,
+        card=text,
+        fingerprint=merged.plan.source,
+        overwrite=overwrite,
+    )
+    return verify_export(folder, merged.plain(), module.data().calibration_blocks()[:1])

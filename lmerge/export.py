@@ -1,27 +1,17 @@
-"""Write the merged model as a Hugging Face checkpoint, check it, and describe it in a card."""
+"""Check an exported checkpoint, and describe it in a card."""
 
 from __future__ import annotations
 
-import copy
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lmerge.checkpoint import QUIET_BYTES, loading, quiet
-from lmerge.files import write_text, writing
-from lmerge.folders import atomic_folder
-from lmerge.llama import decoder_layers, num_layers, shallow_copy
+from lmerge.checkpoint import loading
+from lmerge.files import write_text
 from lmerge.source import ALIASES, HUB_ID
 
 CARD = "README.md"
@@ -50,39 +40,6 @@ LIMITS = (
 )
 
 
-def export_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    *,
-    card: str,
-    overwrite: bool = False,
-    max_shard_size: str = "5GB",
-) -> None:
-    """Write a checkpoint that plain transformers loads: all of it, or nothing.
-
-    The config counts the layers that the model really has. Tied embeddings are stored once.
-
-    Args:
-        model: A model of a supported class, on any device; unchanged.
-        tokenizer: Its tokenizer, chat template included.
-        folder: Where the checkpoint goes.
-        card: Text of README.md, as `model_card` writes it.
-        overwrite: Whether an older checkpoint there may be replaced.
-        max_shard_size: Weights above this size are split into several files.
-
-    Raises:
-        ValueError: If the folder exists and may not be replaced, or cannot be written.
-    """
-    check_free(folder, overwrite=overwrite)
-    bars = model.get_memory_footprint() > QUIET_BYTES
-    with atomic_folder(folder, overwrite=overwrite) as temporary, writing(folder), quiet(bars=bars):
-        (temporary / CARD).write_text(card, encoding="utf-8")
-        tokenizer.save_pretrained(temporary)
-        _with_saved_settings(model).save_pretrained(temporary, max_shard_size=max_shard_size)
-        _tidy(temporary)
-
-
 def check_free(folder: Path, *, overwrite: bool) -> None:
     """Raise ValueError when a checkpoint would replace a folder that holds something else."""
     names = [path.name for path in folder.iterdir()] if overwrite and folder.is_dir() else []
@@ -98,7 +55,7 @@ def verify_export(folder: Path, model: PreTrainedModel, token_BT: Tensor) -> flo
     """Reload a checkpoint with plain transformers and compare its logits with the model's.
 
     Args:
-        folder: What `export_model` wrote.
+        folder: The exported checkpoint.
         model: The model that was exported.
         token_BT: Token ids to compare on (int64), without padding.
 
@@ -192,42 +149,6 @@ def model_card(
         "\n".join(f"- {note}" for note in (*LIMITS, *notes)),
     ]
     return "\n\n".join(sections) + "\n"
-
-
-def _with_saved_settings(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model that shares all weights and has the settings to be saved."""
-    clone = shallow_copy(model)
-    clone.config = _export_config(model)
-    clone.generation_config = copy.deepcopy(model.generation_config)
-    assert isinstance(clone.generation_config, GenerationConfig)
-    try:
-        clone.generation_config.validate(strict=True)
-    except ValueError:
-        # Some older checkpoints have a temperature without sampling, which can no longer be saved.
-        clone.generation_config.do_sample = True
-    return clone
-
-
-def _export_config(model: PreTrainedModel) -> PretrainedConfig:
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers = num_layers(model)
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None and len(layer_types) != config.num_hidden_layers:
-        attentions: list[Any] = [layer.self_attn for layer in decoder_layers(model)]
-        config.layer_types = [attention.layer_type for attention in attentions]
-    return config
-
-
-def _tidy(folder: Path) -> None:
-    """Give the files the usual permissions, and drop what only told where the source lay."""
-    mode = (folder / "config.json").stat().st_mode
-    for file in folder.glob("*.safetensors"):
-        file.chmod(mode)
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("is_local", "local_files_only"):
-        settings.pop(key, None)
-    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _hub_id(source: str) -> str | None:

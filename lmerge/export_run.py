@@ -12,6 +12,7 @@ import yaml
 from lmerge.alphas import AlphaConfig, spread
 from lmerge.export import model_card, verify_export
 from lmerge.files import one_line, provenance, read_json
+from lmerge.folders import check_apart
 from lmerge.gate import Check, gate_notes, gate_rows
 from lmerge.gguf_export import GgufDtype, export_gguf, source_pre
 from lmerge.llama import head_dim
@@ -70,15 +71,25 @@ def export(
         )
     folder = checkpoint_folder(name, weights=True)
     merge = StreamedMerge(folder, state, dtype=made_in, out_dtype=dtype, path=run / "plan.json")
+    origin = resolve_source(name)
+    places = [run, folder, *([origin] if isinstance(origin, Path) else [])]
     if gguf is not None:
-        origin = resolve_source(name)
+        check_apart(gguf, *places)
         pre = source_pre(origin) if isinstance(origin, Path) and origin.is_file() else None
         export_gguf(
-            folder, merge, gguf, dtype=gguf_dtype, name=run.name, pre=pre, overwrite=overwrite
+            folder,
+            merge,
+            gguf,
+            dtype=gguf_dtype,
+            name=run.name,
+            pre=pre,
+            fingerprint=state.plan.source,
+            overwrite=overwrite,
         )
     if out is None and gguf is not None:
         return
     out = out or run / "model"
+    check_apart(out, *places)
     card = run_card(run, name, state.plan, settings)
     export_streamed(
         folder,

@@ -40,7 +40,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             target.parent.mkdir(parents=True, exist_ok=True)
             remove_left(target)
             temporary.mkdir()
-        with _held(temporary):
+        with held(temporary):
             yield temporary
             with writing(path):
                 for file_path in filter(Path.is_file, temporary.rglob("*")):
@@ -53,24 +53,27 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def remove_left(target: Path) -> None:
-    """Remove the temporary folders of processes that were killed over `target`."""
+    """Remove the temporary folders or files of processes that were killed over `target`."""
     for left in target.parent.glob(f".{target.name}.*.tmp"):
         try:
-            if left.is_dir() and time.time() - left.stat().st_mtime > MIN_AGE:
-                with _held(left, must=True):
-                    shutil.rmtree(left, ignore_errors=True)
+            if time.time() - left.stat().st_mtime > MIN_AGE:
+                with held(left, must=True):
+                    if left.is_dir():
+                        shutil.rmtree(left, ignore_errors=True)
+                    else:
+                        left.unlink()
         except OSError:
             pass  # held by a process that is still writing, or gone by now
 
 
 @contextmanager
-def _held(folder: Path, *, must: bool = False) -> Iterator[None]:
-    """Hold a lock on a folder, which the kernel releases however the process ends.
+def held(path: Path, *, must: bool = False) -> Iterator[None]:
+    """Hold a lock on a folder or file, which the kernel releases however the process ends.
 
     Raises:
         OSError: If it `must` be had, and another process has it.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -80,6 +83,18 @@ def _held(folder: Path, *, must: bool = False) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def check_apart(path: Path, *kept: Path) -> None:
+    """Raise ValueError when a folder or file that is to be replaced is, or holds, one of `kept`."""
+    target = path.expanduser().resolve()
+    for other in kept:
+        found = other.expanduser().resolve()
+        if target == found or target in found.parents:
+            raise ValueError(
+                f"{path} would be replaced, but {other} is read and lies there. Choose another "
+                "path."
+            )
 
 
 def _check_replaceable(path: Path, target: Path, *, overwrite: bool) -> None:

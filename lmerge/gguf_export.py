@@ -6,7 +6,6 @@ written by the package `gguf`.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,20 +19,22 @@ from gguf import (
     GGUFReader,
     GGUFWriter,
     LlamaFileType,
-    SpecialVocab,
-    TensorNameMap,
-    TokenType,
+    RopeScalingType,
     get_tensor_name_map,
 )
 from torch import Tensor
 from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lmerge.big_files import check_room
 from lmerge.checkpoint import loading
 from lmerge.files import replacing
+from lmerge.folders import held, remove_left
+from lmerge.gguf_tokenizer import BY_HAND, add_tokenizer
 from lmerge.llama import head_spec
 from lmerge.progress import track
 from lmerge.shards import Stored
+from lmerge.streamed_export import check_fingerprint
 from lmerge.streamed_merge import StreamedMerge
 
 logger = logging.getLogger(__name__)
@@ -55,17 +56,8 @@ ARCHITECTURES: dict[str, tuple[MODEL_ARCH, bool]] = {
 }
 """Model type -> llama.cpp's architecture, and whether its rotary pairs are neighbours there."""
 
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-SPLITS: dict[str, str] = {
-    LLAMA3_SPLIT: "llama-bpe",
-    LLAMA3_SPLIT.replace("{1,3}", ""): "qwen2",
-}
-"""Regular expression of a tokenizer that splits by one -> llama.cpp's name of it."""
-
-BY_HAND = "Export a checkpoint (`--out`) and convert it with llama.cpp's convert_hf_to_gguf.py."
+ROPE_FREQS = "rope_freqs.weight"
+"""Tensor by which llama.cpp divides the rotary frequencies."""
 
 
 def export_gguf(
@@ -76,6 +68,7 @@ def export_gguf(
     dtype: GgufDtype = "auto",
     name: str = "merged",
     pre: str | None = None,
+    fingerprint: str = "",
     overwrite: bool = False,
 ) -> None:
     """Write a GGUF file that llama.cpp and transformers load: all of it, or nothing.
@@ -87,6 +80,7 @@ def export_gguf(
         dtype: Dtype of the matrices (vectors are always float32); `auto` is that of `merge`.
         name: What the model is called.
         pre: llama.cpp's name of the pre-tokenizer, where it is known.
+        fingerprint: What the source's weights must have; empty is any.
         overwrite: Whether an older file there may be replaced.
 
     Raises:
@@ -98,28 +92,40 @@ def export_gguf(
     kind = names[str(merge.out_dtype).removeprefix("torch.")] if dtype == "auto" else dtype
     config = merge.config
     _check_config(config)
-    architecture, paired = ARCHITECTURES[config.model_type]
-    with replacing(path) as temporary:
-        writer = GGUFWriter(None, MODEL_ARCH_NAMES[architecture])
+    if path.parent.is_dir():
+        remove_left(path)
+    with replacing(path) as temporary, held(temporary):
+        writer = GGUFWriter(None, MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type][0]])
         _add_config(writer, config, name)
         writer.add_file_type(FILE_TYPES[kind][2])
         with loading(str(source_dir), "its tokenizer"):
             add_tokenizer(writer, source_dir, config.vocab_size, pre)
-        table = get_tensor_name_map(architecture, config.num_hidden_layers)
-        kinds = _add_shapes(writer, merge, table, kind)
+        factors = rotary_factors(config)
+        if factors is not None:
+            writer.add_tensor_info(ROPE_FREQS, factors.shape, factors.dtype, factors.nbytes)
+        kinds = _add_shapes(writer, merge, kind)
         check_room(path, sum(t.nbytes for part in writer.tensors for t in part.values()))
         writer.write_header_to_file(temporary)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for weight, code in track(kinds.items(), "weights", total=len(kinds)):
-            content = merge.tensor(weight)
-            tensor = content.read() if isinstance(content, Stored) else content
-            tensor = tensor.to(FILE_TYPES[code][0])
-            if paired:
-                tensor = neighbour_pairs(tensor, weight, config)
-            writer.write_tensor_data(_array(tensor))
+        if factors is not None:
+            writer.write_tensor_data(factors)
+        _write_weights(writer, merge, kinds)
         writer.close()
+        check_fingerprint(merge, fingerprint)
     logger.info("wrote %s, %s matrices", path, kind)
+
+
+def _write_weights(writer: GGUFWriter, merge: StreamedMerge, kinds: Mapping[str, str]) -> None:
+    config = merge.config
+    _, paired = ARCHITECTURES[config.model_type]
+    for weight, code in track(kinds.items(), "weights", total=len(kinds)):
+        content = merge.tensor(weight)
+        tensor = content.read() if isinstance(content, Stored) else content
+        tensor = tensor.to(FILE_TYPES[code][0])
+        if paired:
+            tensor = neighbour_pairs(tensor, weight, config)
+        writer.write_tensor_data(_array(tensor))
 
 
 def neighbour_pairs(tensor: Tensor, name: str, config: PretrainedConfig) -> Tensor:
@@ -136,30 +142,55 @@ def neighbour_pairs(tensor: Tensor, name: str, config: PretrainedConfig) -> Tens
     return tensor
 
 
+def rotary_factors(config: PretrainedConfig) -> Any:
+    """Return by what llama.cpp divides the rotary frequencies of Llama 3.1 and later, (C/2,)."""
+    if _rope_type(config) != "llama3":
+        return None
+    scaled_P, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    width = head_spec(config).head_dim
+    place_P = torch.arange(0, width, 2).float() / width
+    plain_P = 1.0 / config.rope_parameters["rope_theta"] ** place_P
+    return (plain_P / scaled_P).float().numpy()
+
+
 def source_pre(path: Path) -> str | None:
     """Return the pre-tokenizer that a GGUF file names; transformers does not keep it."""
     field = GGUFReader(path).fields.get("tokenizer.ggml.pre")
     return None if field is None else str(field.contents())
 
 
+def _rope_type(config: PretrainedConfig) -> str:
+    return str((getattr(config, "rope_parameters", None) or {}).get("rope_type", "default"))
+
+
 def _check_config(config: PretrainedConfig) -> None:
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    rope, known = _rope_type(config), {"default", "linear"}
+    if ARCHITECTURES[config.model_type][0] is MODEL_ARCH.LLAMA:
+        known.add("llama3")
+    partial = config.rope_parameters.get("partial_rotary_factor")
     types = set(getattr(config, "layer_types", None) or ())
     slides = "sliding_attention" in types or (
         config.model_type == "mistral" and config.sliding_window is not None
     )
     biases = [k for k in ("attention_bias", "mlp_bias") if getattr(config, k, False)]
     reasons = {
-        f"scaled rotary positions ({rope})": rope != "default",
+        f"rotary positions of {config.model_type} that are scaled by {rope!r}": rope not in known,
+        "rotary positions in a part of each head": partial not in (None, 1),
         "a sliding window": slides,
         f"biases of {config.model_type} ({', '.join(biases)})": bool(biases),
     }
     for reason, holds in reasons.items():
         if holds:
             raise ValueError(
-                "`--gguf` writes models that transformers reads back with the same logits, which "
-                f"it cannot for {reason}. {BY_HAND}"
+                "`--gguf` writes models whose logits stay the same, which it cannot promise for "
+                f"{reason}. {BY_HAND}"
             )
+    if rope != "default":
+        logger.warning(
+            "llama.cpp reads the scaling of rotary positions (%s) in a GGUF file, transformers "
+            "does not and gives other logits: load the checkpoint there",
+            rope,
+        )
 
 
 def _add_config(writer: GGUFWriter, config: PretrainedConfig, name: str) -> None:
@@ -176,14 +207,17 @@ def _add_config(writer: GGUFWriter, config: PretrainedConfig, name: str) -> None
     writer.add_value_length(spec.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if _rope_type(config) == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope_parameters["factor"])
     writer.add_rope_dimension_count(spec.head_dim)
     writer.add_vocab_size(config.vocab_size)
 
 
-def _add_shapes(
-    writer: GGUFWriter, merge: StreamedMerge, table: TensorNameMap, kind: str
-) -> dict[str, str]:
+def _add_shapes(writer: GGUFWriter, merge: StreamedMerge, kind: str) -> dict[str, str]:
     """Announce every tensor; return the dtype of each weight, in the order of the file."""
+    architecture, _ = ARCHITECTURES[merge.config.model_type]
+    table = get_tensor_name_map(architecture, merge.config.num_hidden_layers)
     kinds = {}
     for weight, shape in merge.shapes.items():
         kinds[weight] = kind if len(shape) > 1 else "F32"
@@ -200,45 +234,3 @@ def _array(tensor: Tensor) -> Any:
     """Return the tensor for numpy, which has no bfloat16."""
     tensor = tensor.contiguous()
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int, pre: str | None) -> None:
-    """Add a byte-level BPE tokenizer: tokens, merges, special tokens and chat template.
-
-    Raises:
-        ValueError: When it is of another kind.
-    """
-    path = folder / "tokenizer.json"
-    data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if data.get("model", {}).get("type") != "BPE" or not _parts(data, "ByteLevel"):
-        raise ValueError(f"`--gguf` knows byte-level BPE tokenizers alone. {BY_HAND}")
-    vocab: dict[str, int] = data["model"]["vocab"]
-    tokens = {i: (token, TokenType.NORMAL) for token, i in vocab.items()}
-    for entry in data.get("added_tokens", []):
-        kind = TokenType.CONTROL if entry["special"] else TokenType.USER_DEFINED
-        tokens[entry["id"]] = (entry["content"], kind)
-    # An embedding may have more rows than the tokenizer has tokens.
-    rows = [tokens.get(i, (f"[PAD{i}]", TokenType.UNUSED)) for i in range(vocab_size)]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre or _pre_tokenizer(data))
-    writer.add_token_list([token for token, _ in rows])
-    writer.add_token_types([kind for _, kind in rows])
-    SpecialVocab(folder, load_merges=True, n_vocab=vocab_size).add_to_gguf(writer, quiet=True)
-
-
-def _pre_tokenizer(data: Mapping[str, Any]) -> str:
-    """Return llama.cpp's name of the way in which text is cut before the merges."""
-    if _parts(data, "Digits"):
-        return "smollm"
-    splits = [part["pattern"].get("Regex") for part in _parts(data, "Split")]
-    if not splits:
-        return "gpt-2"
-    if len(splits) == 1 and splits[0] in SPLITS:
-        return SPLITS[splits[0]]
-    raise ValueError(f"`--gguf` does not know how this tokenizer splits text. {BY_HAND}")
-
-
-def _parts(data: Mapping[str, Any], kind: str) -> list[dict[str, Any]]:
-    """Return the parts of a tokenizer's pre-tokenizer that are of a kind."""
-    top = data.get("pre_tokenizer") or {}
-    return [part for part in top.get("pretokenizers", [top]) if part.get("type") == kind]

@@ -172,7 +172,7 @@ class CLI(LightningCLI):
             # Refuses settings such as a negative learning rate before anything is written.
             self.model.optimizer([nn.Parameter(torch.zeros(1))])
         if self.subcommand == "fit" and not ckpt_path:
-            remove_run(self.model.run_dir)
+            remove_run(self.model.run_dir, self.model.source_name)
         if self.subcommand == "fit":
             self._announce()
         self.model.run_dir.mkdir(parents=True, exist_ok=True)

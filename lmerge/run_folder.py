@@ -8,6 +8,9 @@ from pathlib import Path
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
+from lmerge.folders import check_apart
+from lmerge.source import resolve_source
+
 OWN_FILES = (
     "config.yaml",
     "plan.json",
@@ -50,8 +53,16 @@ def prepare_run_dir(run_dir: Path, *, overwrite: bool) -> None:
 
 
 @rank_zero_only
-def remove_run(run_dir: Path) -> None:
-    """Delete the artefacts of an earlier run, and nothing that lmerge did not write."""
+def remove_run(run_dir: Path, source: str) -> None:
+    """Delete the artefacts of an earlier run, and nothing that lmerge did not write.
+
+    Raises:
+        ValueError: When the source lies in one of them; nothing is deleted then.
+    """
+    origin = resolve_source(source)
+    if isinstance(origin, Path):
+        for name in OWN_FILES:
+            check_apart(run_dir / name, origin)
     for name in OWN_FILES:
         path = run_dir / name
         if path.is_dir():

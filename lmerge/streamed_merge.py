@@ -117,25 +117,31 @@ class StreamedMerge:
         """Return a weight of the merged model in `out_dtype`.
 
         Raises:
-            ValueError: When a merged weight is not finite.
+            ValueError: When a weight that is not copied as it is is not finite.
         """
+        content = self._content(name)
+        if isinstance(content, Stored):
+            if content.dtype == self.out_dtype:
+                return content
+            content = content.read()
+        tensor = content.to(self.out_dtype)
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(
+                f"merged weights must be finite, got NaN or infinity in {name} of {tensor.dtype}. "
+                f"Check the source and the alphas beside {self.path}, or choose a wider `dtype`."
+            )
+        return tensor
+
+    def _content(self, name: str) -> Content:
         layer, rest = _place(name)
         refit = self.state.kept_refits.get(-1 if layer is None else layer, {}).get(
             SHORT.get(rest, "")
         )
         if refit is not None:
-            return refit.to(self.dtype).to(self.out_dtype)
+            return refit.to(self.dtype)
         if layer in self._groups:
-            formed = self._form(self._groups[layer], SHORT[rest])
-            if not bool(torch.isfinite(formed).all()):
-                raise ValueError(
-                    f"merged weights must be finite, got NaN or infinity in {name}. Check the "
-                    f"source's weights and the alphas beside {self.path}."
-                )
-            return formed.to(self.out_dtype)
-        origin = name if layer is None else f"{LAYERS}{self._origins[layer]}.{rest}"
-        stored = self._touch(origin)
-        return stored if stored.dtype == self.out_dtype else stored.read().to(self.out_dtype)
+            return self._form(self._groups[layer], SHORT[rest])
+        return self._touch(name if layer is None else f"{LAYERS}{self._origins[layer]}.{rest}")
 
     def fingerprint(self) -> str:
         """Return what `model_fingerprint` returns of the source loaded in `dtype`.

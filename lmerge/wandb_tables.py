@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lmerge.compare_table import Cell, Row, held_out_loss, pareto_figure
+from lmerge.files import one_line
 from lmerge.sweep_figures import best_so_far_figure, importance_figure, parallel_figure
 from lmerge.trials import SweepConfig, Trial, metric_name, sign
 from lmerge.wandb_log import PROJECT, WandbMode
@@ -24,13 +25,24 @@ def wandb_run(mode: WandbMode, folder: Path, name: str, kind: str, group: str) -
         name: Name of the run.
         kind: Its job type.
         group: Group of the run.
+
+    Raises:
+        ValueError: When W&B refuses the run.
     """
     if mode == "disabled" or os.environ.get("WANDB_MODE") == "disabled":
         yield None
         return
     import wandb
 
-    run = wandb.init(project=PROJECT, dir=folder, mode=mode, name=name, job_type=kind, group=group)
+    try:
+        run = wandb.init(
+            project=PROJECT, name=name, job_type=kind, group=group, dir=folder, mode=mode
+        )
+    except wandb.Error as error:
+        raise ValueError(
+            f"W&B must be reachable for `--wandb {mode}`, got: {one_line(error)}. The results are "
+            f"in {folder}; run `wandb login`, or use `--wandb offline`."
+        ) from error
     try:
         yield run
     finally:

@@ -498,6 +498,36 @@ def metrics_of_another_kind(place: Place) -> Bad:
 
 
 @case
+def output_over_the_source(place: Place) -> Bad:
+    args = ("export", place.run, "--out", place.source, "--overwrite=true")
+    return Bad(args, ("would be replaced", "is read and lies there"))
+
+
+@case
+def output_that_holds_the_run(place: Place) -> Bad:
+    (place.folder / "config.json").write_text("{}")
+    args = ("export", place.run, "--out", place.folder, "--overwrite=true")
+    return Bad(args, ("would be replaced", "is read and lies there"))
+
+
+@case
+def run_folder_that_holds_the_source(place: Place) -> Bad:
+    shutil.copytree(place.source, place.run / "model")
+    options = (
+        f"--model.source={place.run / 'model'}",
+        f"--run_dir={place.run}",
+        "--overwrite=true",
+    )
+    return Bad(fit(place, *options), ("would be replaced", "is read and lies there"))
+
+
+@case
+def weights_beyond_the_dtype(place: Place) -> Bad:
+    edit_tensors(shard(place), lambda name, tensor: torch.full_like(tensor, 1e5))
+    return Bad(export(place, "--dtype=float16"), ("must be finite", "float16"))
+
+
+@case
 def output_that_is_a_file(place: Place) -> Bad:
     (place.folder / "out").write_text("mine")
     return Bad(export(place, "--overwrite=true"), ("must be a folder or free",))

@@ -8,7 +8,7 @@ import yaml
 from conftest import byte_tokenizer
 from models import plan_of, tiny_variant
 from test_symmetry import random_transform
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from lmerge.align import Orders
 from lmerge.alpha_files import write_alphas
@@ -18,6 +18,8 @@ from lmerge.merged import MergedLlama
 from lmerge.plan import MergePlan
 from lmerge.runs import RunState, write_orders, write_plan, write_refits
 from lmerge.source import load_model, model_fingerprint
+from lmerge.streamed_export import export_streamed
+from lmerge.streamed_merge import StreamedMerge
 
 PLAN = plan_of([0, 1], [2, 3], anchors=[1, 2])
 
@@ -27,6 +29,13 @@ def source(folder: Path, name: str = "llama", dtype: torch.dtype = torch.float32
     tiny_variant(name).to(dtype).save_pretrained(folder, **save)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def export_unmerged(folder: Path, out: Path, **options) -> None:  # type: ignore[no-untyped-def]
+    """Export a checkpoint with a plan that merges nothing."""
+    num_layers = AutoConfig.from_pretrained(folder).num_hidden_layers
+    state = RunState(plan=MergePlan(num_layers=num_layers, groups=()), alphas=[])
+    export_streamed(folder, StreamedMerge(folder, state), out, **{"card": "", **options})
 
 
 def motions(model: PreTrainedModel, kind: str) -> Orders:

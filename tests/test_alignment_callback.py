@@ -10,7 +10,7 @@ import pytest
 import torch
 from cli_run import SMALL, fit, run
 
-from lmerge import alignment
+from lmerge import alignment, alignment_jobs
 from lmerge.llama import MATRICES
 from lmerge.runs import read_orders
 from lmerge.symmetry import Transform
@@ -34,6 +34,39 @@ def test_a_second_run_with_the_same_key_does_not_solve_again(
     found = read_orders(tmp_path / "run" / "orders.safetensors")
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[i].neuron_F, wanted[i].neuron_F) for i in wanted)  # type: ignore[union-attr]
+
+
+def test_an_alignment_that_was_killed_goes_on_with_the_layers_that_are_left(
+    tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--model.num_removed=2", "--model.plan_method=block", "--evaluate_after=false")
+    fit(tiny_dir, tmp_path / "whole", *options)
+    solve, layers = alignment_jobs.solve, []
+
+    def killed(task: alignment_jobs.Task, method: alignment_jobs.Method) -> object:
+        if layers:
+            raise SystemError  # nobody else raises it
+        layers.extend(i for i in task.layers if i != task.anchor)
+        return solve(task, method)
+
+    monkeypatch.setattr(alignment_jobs, "solve", killed)
+    with pytest.raises(SystemError):
+        fit(tiny_dir, tmp_path / "cut", *options)
+    first = layers.copy()
+    monkeypatch.setattr(
+        alignment_jobs,
+        "solve",
+        lambda task, method: layers.extend(task.layers) or solve(task, method),
+    )
+    fit(tiny_dir, tmp_path / "cut", *options, "--overwrite=true")
+    assert first[0] not in layers[1:]
+    assert len(layers) == 2
+    wanted, found = (
+        read_orders(tmp_path / name / "orders.safetensors") for name in ("whole", "cut")
+    )
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[i].neuron_F, wanted[i].neuron_F) for i in wanted)  # type: ignore[union-attr]
+    assert not list((tmp_path / "cut" / "alignment_cache").glob("*.parts"))
 
 
 @pytest.mark.parametrize("method", ["both", "full", "soft", "rowwise"])

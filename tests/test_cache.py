@@ -7,8 +7,9 @@ from models import NUM_LAYERS, VARIANTS, logits, tiny_variant, tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lmerge import cache
 from lmerge.cache import cache_states, keep_states
-from lmerge.llama import decoder_layers, lm_logits
+from lmerge.llama import decoder_layers, embed, lm_logits
 
 PLACES = range(NUM_LAYERS + 1)
 
@@ -78,6 +79,30 @@ def test_mapped_states_are_computed_once_and_belong_to_their_source(tmp_path: Pa
             len([p for p in tmp_path.iterdir() if p.suffix in (".prefix_BTD", ".final_BTD")])
             == expected
         )
+
+
+def test_states_cut_off_by_a_kill_go_on_where_they_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, blocks_BT = tiny_model(), tokens(13)
+    wanted = keep_states(model, blocks_BT, 2, folder=tmp_path / "whole", memory=0.0)
+    seen: list[int] = []
+
+    def watched(source: PreTrainedModel, token_BT: Tensor) -> Tensor:
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(len(token_BT))
+        return embed(source, token_BT)
+
+    monkeypatch.setattr(cache, "embed", watched)
+    with pytest.raises(KeyboardInterrupt):
+        keep_states(model, blocks_BT, 2, folder=tmp_path / "cut", memory=0.0)
+    seen.clear()
+    found = keep_states(model, blocks_BT, 2, folder=tmp_path / "cut", memory=0.0)
+    assert seen == [4, 1]  # of 4, 4, 4, 1
+    for states, expected in zip(found, wanted, strict=True):
+        assert torch.equal(states, expected)
+    assert not [path for path in (tmp_path / "cut").iterdir() if "part" in path.name]
 
 
 def test_states_that_fit_leave_no_file(tmp_path: Path) -> None:

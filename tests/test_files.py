@@ -113,6 +113,7 @@ def test_json_path_that_is_a_folder_is_refused(tmp_path: Path) -> None:
         (b"[1]", "got list"),
         (b'{"schema": 2}', "`schema` 1, got 2"),
         (b'{"a": 2}', "`schema` 1, got None"),
+        (b'{"schema": "\\r"}', r"`schema` 1, got '\r'"),
     ],
 )
 def test_malformed_json_is_refused_with_its_reason(

@@ -1,6 +1,7 @@
 """The GGUF file gives transformers the model and the tokenizer that the checkpoint gives it."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,15 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
+from vocabularies import corpus, sentencepiece_bpe
 
-from lmerge.gguf_export import LLAMA3_SPLIT, GgufDtype, export_gguf
+from lmerge.folders import held
+from lmerge.gguf_export import GgufDtype, export_gguf
+from lmerge.gguf_tokenizer import LLAMA3_SPLIT
 from lmerge.plan import Group, MergePlan
 from lmerge.source import load_model
 from lmerge.streamed_merge import StreamedMerge
@@ -40,6 +45,9 @@ SIZES = {
     "eos_token_id": 257,
     "pad_token_id": 257,
 }
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+LINEAR = {**PLAIN, "rope_type": "linear", "factor": 4.0}
+YARN = {**LINEAR, "rope_type": "yarn", "original_max_position_embeddings": 16}
 # transformers takes Qwen3's heads of 128 for granted when it reads a GGUF file.
 CONFIGS = {
     "llama": lambda: LlamaConfig(**SIZES),
@@ -117,6 +125,45 @@ def test_the_tokenizer_is_the_same(tmp_path: Path) -> None:
     assert (after.bos_token, after.eos_token) == ("<|bos|>", "<|eos|>")
 
 
+def sentencepiece_source(folder: Path, *, every_way: bool) -> Path:
+    """A tiny model with a SentencePiece BPE tokenizer, whose tokens may be joined in every way."""
+    data = json.loads(sentencepiece_bpe().to_str())
+    vocab, merges = data["model"]["vocab"], data["model"]["merges"]
+    ranks = {"".join(pair): rank for rank, pair in enumerate(merges)}
+    cuts = [(token[:i], token[i:]) for token in ranks for i in range(1, len(token))]
+    if every_way:
+        known = [pair for pair in cuts if pair[0] in vocab and pair[1] in vocab]
+        data["model"]["merges"] = sorted(known, key=lambda pair: ranks["".join(pair)])
+    config = LlamaConfig(**{**SIZES, "vocab_size": len(vocab)})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer = Tokenizer.from_str(json.dumps(data))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(folder)
+    return folder
+
+
+def test_a_sentencepiece_tokenizer_is_the_same(tmp_path: Path) -> None:
+    folder = sentencepiece_source(tmp_path / "source", every_way=True)
+    _, path = both(tmp_path, folder)
+    before = AutoTokenizer.from_pretrained(folder)
+    after = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    fields = GGUFReader(path).fields
+    assert fields["tokenizer.ggml.model"].contents() == "llama"
+    assert fields["tokenizer.ggml.add_space_prefix"].contents()
+    for text in (
+        "Which nerve supplies the muscle?",
+        "Ärger 雪, twice\n\nand a line.",
+        *corpus()[:9],
+    ):
+        ids = before(text, add_special_tokens=False).input_ids
+        assert after(text, add_special_tokens=False).input_ids == ids
+
+
+def test_a_tokenizer_that_scores_cannot_describe_is_refused(tmp_path: Path) -> None:
+    folder = sentencepiece_source(tmp_path / "source", every_way=False)
+    with pytest.raises(ValueError, match="in one way though"):
+        both(tmp_path, folder)
+
+
 @pytest.mark.parametrize(
     ("split", "name"),
     [
@@ -154,9 +201,12 @@ def word_tokenizer(folder: Path) -> None:
 
 
 REFUSED = {
-    "scaled rotary": lambda folder: edit_config(folder, rope_parameters=SCALED),
+    "scaled by 'yarn'": lambda folder: edit_config(folder, rope_parameters=YARN),
+    "a part of each head": lambda folder: edit_config(
+        folder, rope_parameters={**PLAIN, "partial_rotary_factor": 0.5}
+    ),
     "byte-level BPE": no_tokenizer,
-    "byte-level": word_tokenizer,
+    "SentencePiece BPE": word_tokenizer,
     "splits text": lambda f: resplit(f, pre_tokenizers.Split(Regex("x+"), "isolated")),
 }
 
@@ -169,6 +219,59 @@ def test_what_a_gguf_file_cannot_hold_is_refused(tmp_path: Path, words: str) -> 
         both(tmp_path, folder)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_llama_cpp_divides_the_rotary_frequencies_as_transformers_scales_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = checkpoint_of(tmp_path / "source", "llama")
+    plain = load_model(str(folder)).model.rotary_emb.inv_freq
+    edit_config(folder, rope_parameters=SCALED)
+    scaled = load_model(str(folder)).model.rotary_emb.inv_freq
+    _, path = both(tmp_path, folder)
+    found = {tensor.name: tensor.data for tensor in GGUFReader(path).tensors}
+    factors = torch.tensor(found["rope_freqs.weight"])
+    assert (factors.min() > 1, factors.max()) == (True, SCALED["factor"])
+    torch.testing.assert_close(plain / factors, scaled)
+    assert "transformers does not" in caplog.text
+    with pytest.raises(ValueError, match="plain rotary positions"):
+        load_model(str(path))
+
+
+def test_linear_scaling_is_in_the_metadata(tmp_path: Path) -> None:
+    folder = checkpoint_of(tmp_path / "source", "qwen2")
+    edit_config(folder, rope_parameters=LINEAR)
+    _, path = both(tmp_path, folder)
+    fields = GGUFReader(path).fields
+    assert fields["qwen2.rope.scaling.type"].contents() == "linear"
+    assert fields["qwen2.rope.scaling.factor"].contents() == 4.0
+
+
+def test_frequencies_that_llama_cpp_reads_of_llama_alone_are_refused(tmp_path: Path) -> None:
+    folder = checkpoint_of(tmp_path / "source", "qwen2")
+    edit_config(folder, rope_parameters=SCALED)
+    with pytest.raises(ValueError, match="qwen2 that are scaled by 'llama3'"):
+        both(tmp_path, folder)
+
+
+def test_another_source_is_refused_and_nothing_stays(tmp_path: Path) -> None:
+    folder = checkpoint_of(tmp_path / "source", "llama")
+    _, state = merged_state(load_model(str(folder)), repair=False)
+    merge = StreamedMerge(folder, state)
+    with pytest.raises(ValueError, match="fingerprint"):
+        export_gguf(folder, merge, tmp_path / "out.gguf", fingerprint="0123")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_what_a_kill_left_is_removed_unless_a_process_still_writes_it(tmp_path: Path) -> None:
+    folder = checkpoint_of(tmp_path / "source", "llama")
+    for name in ("dead", "busy"):
+        (tmp_path / f".out.gguf.{name}.tmp").touch()
+        os.utime(tmp_path / f".out.gguf.{name}.tmp", (0, 0))
+    with held(tmp_path / ".out.gguf.busy.tmp"):
+        both(tmp_path, folder)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [".out.gguf.busy.tmp", "out.gguf", "source"]
 
 
 @pytest.mark.parametrize("name", ["llama-biases", "mistral", "qwen3"])

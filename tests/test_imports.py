@@ -98,6 +98,7 @@ ORDER = (
     "compare_table",
     "export",
     "streamed_export",
+    "gguf_tokenizer",
     "gguf_export",
     "similarity_states",
     "export_run",

@@ -11,6 +11,7 @@ import pytest
 import torch
 from cli_run import fit
 from conftest import tiny_model
+from made_runs import export_unmerged
 from support.lm_eval_tasks import write_tasks
 from tokenizers import processors
 from torch import Tensor
@@ -20,7 +21,6 @@ from vocabularies import TOKENIZERS
 from lmerge.data.prompts import build_choice_batches
 from lmerge.data.records import Scoring
 from lmerge.data.stage import StageData, read_stage
-from lmerge.export import export_model
 from lmerge.score import PrefixCache, score_choices
 from lmerge.source import load_model, load_tokenizer
 
@@ -156,7 +156,9 @@ def test_lm_eval_agrees_where_a_tokenizer_puts_bos_before_a_text(
     asked: StageData, tmp_path: Path
 ) -> None:
     tokenizer, exported = sentencepiece(), tmp_path / "model"
-    export_model(tiny_model(vocab_size=len(tokenizer)), tokenizer, exported, card="")
+    tiny_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    export_unmerged(tmp_path / "source", exported)
     theirs = lm_eval(exported, asked, tmp_path)
     for scoring in SCORINGS:
         ours_N4 = lmerge(exported, asked, scoring)

@@ -300,6 +300,11 @@ def test_an_unknown_language_lists_the_available_ones(tmp_path: Path) -> None:
     )
 
 
+def test_languages_that_are_no_words_are_listed_on_one_line(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "val.jsonl", {"\u001e": {}})
+    assert len(error_of(source).splitlines()) == 1
+
+
 def test_an_unknown_source_lists_what_is_possible() -> None:
     assert "must be bank, an existing directory, an existing .jsonl file" in error_of("bnak")
 

@@ -97,6 +97,30 @@ def test_sending_a_model_that_is_not_exported_is_refused(
     assert "`export.wandb` needs `export.enabled`" in capsys.readouterr().err
 
 
+def test_a_model_that_nothing_is_to_send_costs_a_warning(
+    tiny_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run("fit", f"--model.source={tiny_dir}", f"--run_dir={tmp_path / 'run'}", *SMALL,
+        "--export.wandb=true", "--evaluate_after=false")  # fmt: skip
+    assert "`export.wandb` is ignored" in caplog.text
+
+
+def test_a_run_that_wandb_refuses_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    def refuse(**_: object) -> None:
+        raise wandb.errors.UsageError("api_key not configured (no-tty)")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with (
+        pytest.raises(ValueError, match="api_key not configured"),
+        wandb_run("online", tmp_path, "a", "b", "c"),
+    ):
+        pass
+
+
 def test_a_sweep_is_one_run_with_its_trials_and_the_best(tmp_path: Path) -> None:
     pytest.importorskip("sweeps")
     config = {"method": "bayes", "metric": {"name": "loss"}, "parameters": {"x": {"values": [1]}}}

@@ -82,9 +82,10 @@ def load_questions(source: str, split: Split, languages: Sequence[str] = ("en",)
         by_language.setdefault(str(row.fields.get("language", "en")), []).append(row)
     for language in languages:
         if language not in by_language:
+            known = " ".join(", ".join(sorted(by_language)).split())  # one line, whatever they are
             raise ValueError(
-                f"{source}: `languages` must be among {', '.join(sorted(by_language))} for split "
-                f"{split!r}, got {language!r}; drop it or choose another source of questions."
+                f"{source}: `languages` must be among {known} for split {split!r}, got "
+                f"{language!r}; drop it or choose another source of questions."
             )
     return [
         question
