@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -15,7 +16,7 @@ from lmerge.llama import num_layers
 from lmerge.merged import MergedLlama
 from lmerge.plan import Group, MergePlan
 from lmerge.refine import refine_layers
-from lmerge.repair import RepairConfig, refit_groups
+from lmerge.repair import RepairConfig, RepairMethod, refit_groups
 from lmerge.runs import KeptRefits, Refits
 from lmerge.search import Costs, GroupSearch, SearchMethod, repaired_blocks, search_part
 
@@ -131,14 +132,26 @@ def repair(
     config: RepairConfig,
 ) -> None:
     """Refit a merged model in closed form, by the configured method; it is changed in place."""
-    if config.method == "deep":
-        refine_layers(
-            source,
-            merged,
-            cache.prefix_BTD,
-            held_B,
-            num_after=config.num_after,
-            num_epochs=config.num_epochs,
-        )
-    else:
-        refit_groups(source, merged, cache.prefix_BTD, held_B, config)
+    REPAIRS[config.method](source, merged, cache.prefix_BTD, held_B, config)
+
+
+def _nothing(*_: object) -> None:
+    """Leave the merged model as it is."""
+
+
+def _deep(
+    source: PreTrainedModel,
+    merged: MergedLlama,
+    prefix_BTD: Tensor,
+    held_B: Tensor,
+    config: RepairConfig,
+) -> None:
+    num_after, num_epochs = config.num_after, config.num_epochs
+    refine_layers(source, merged, prefix_BTD, held_B, num_after=num_after, num_epochs=num_epochs)
+
+
+Repairer = Callable[[PreTrainedModel, MergedLlama, Tensor, Tensor, RepairConfig], object]
+
+REPAIRS: dict[RepairMethod, Repairer] = {"down": refit_groups, "deep": _deep, "none": _nothing}
+"""Method -> what changes a merged model in place: source, merged model, input states of the first
+merged layer on the calibration blocks, which of these are held out, and the options."""

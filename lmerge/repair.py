@@ -182,14 +182,12 @@ def refit_groups(
         merged: The merged model; changed in place.
         prefix_BTD: Input states of the first merged layer on the calibration blocks.
         held_B: Which blocks choose the regularisation (bool).
-        config: The method.
+        config: The options; none of them concerns this method.
         batch_size: Blocks in one forward pass.
 
     Returns:
-        One refit a group; none for methods other than `down`.
+        One refit a group.
     """
-    if config.method != "down":
-        return []
     refits = []
     targets = currents = list(prefix_BTD.split(batch_size))
     source_at = merged_at = merged.first_merged

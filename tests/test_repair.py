@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lmerge.alphas import AlphaConfig
 from lmerge.cache import cache_states
+from lmerge.compose import REPAIRS, repair
 from lmerge.llama import decoder_layers
 from lmerge.merged import MergedLlama
 from lmerge.repair import (
@@ -348,8 +349,10 @@ def test_hooks_are_gone_afterwards() -> None:
 
 
 def test_without_a_method_nothing_is_refitted() -> None:
-    source, merged, prefix, held = prepared()
-    assert refit_groups(source, merged, prefix, held, RepairConfig(method="none")) == []
+    source, merged, _, held = prepared()
+    cache = cache_states(source, tokens(8), merged.first_merged)
+    repair(source, merged, cache, held, RepairConfig(method="none"))
+    assert not any(merged.refits())
     assert merged.refits() == [{}, {}]
 
 
@@ -370,10 +373,14 @@ def test_bias_and_input_of_the_down_projection_explain_its_output() -> None:
     torch.testing.assert_close(mlp(states), wanted)
 
 
+def test_every_repair_has_a_row() -> None:
+    assert set(REPAIRS) == set(get_args(RepairMethod))
+
+
 @pytest.mark.parametrize("method", get_args(RepairMethod))
 def test_every_method_runs_on_bfloat16(method: RepairMethod) -> None:
     source = tiny_model().bfloat16()
     merged = MergedLlama(source, TWO, {}, AlphaConfig())
-    prefix = cache_states(source, tokens(8), 0).prefix_BTD
-    refit_groups(source, merged, prefix, torch.arange(8) > 5, RepairConfig(method=method))
+    cache = cache_states(source, tokens(8), 0)
+    repair(source, merged, cache, torch.arange(8) > 5, RepairConfig(method=method))
     assert logits(merged.causal_lm).isfinite().all()

@@ -3,6 +3,7 @@
 #   tests/try_package.sh FILE
 # TRY_PYTHON chooses the Python, TRY_PIP options of pip (such as "-c constraints-lowest.txt").
 set -euo pipefail
+unset PYTHONPATH  # an lmerge there would count as installed
 file=$(realpath "$1")
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -14,7 +15,6 @@ for option in ${TRY_PIP:-}; do
 done
 "$folder/venv/bin/python" -m pip install --quiet "${options[@]}" "$file"
 cd "$folder"
-unset PYTHONPATH
 bin="$folder/venv/bin"
 "$bin/lmerge" --version
 "$bin/lmerge" --help >/dev/null
