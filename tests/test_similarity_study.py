@@ -11,7 +11,7 @@ from lmerge.cli import main
 from lmerge.figures import similarity_figure
 from lmerge.files import read_json
 from lmerge.information import InformationConfig
-from lmerge.parser import Parser
+from lmerge.parser import Hints
 from lmerge.similarity import MEASURES
 from lmerge.similarity_study import RESULT, SCHEMA, run_similarity
 
@@ -131,7 +131,7 @@ def test_undefined_cells_are_hatched_and_counted_in_the_title() -> None:
 
 @pytest.mark.parametrize("name", ["similarity", "similarity_mmlu"])
 def test_a_shipped_config_parses(name: str) -> None:
-    parser = Parser(prog="lmerge similarity")
+    parser = Hints(prog="lmerge similarity")
     parser.add_argument("--config", action=ActionConfigFile)
     parser.add_function_arguments(run_similarity, as_positional=True, fail_untyped=True)
     path = Path(__file__).parents[1] / "configs" / f"{name}.yaml"
