@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lmerge.baselines.calibration import Calibration
+from lmerge.baselines.calibration import Calibration, spread_blocks
 from lmerge.baselines.table import make_baseline
 from lmerge.compose import Composer, MethodConfig, Planner
 from lmerge.data.batching import held_blocks
@@ -155,11 +155,8 @@ class Bench:
         token_BT, held_B, _ = self.calibration()
         if method.baseline is not None:
             if self._baseline is None:
-                num_blocks = max(1, BASELINE_TOKENS // token_BT.shape[1])
-                step = max(1, len(token_BT) // num_blocks)
-                self._baseline = Calibration(
-                    self.source, token_BT[::step][:num_blocks], seed=self.seed
-                )
+                part_BT = spread_blocks(token_BT, BASELINE_TOKENS)
+                self._baseline = Calibration(self.source, part_BT, seed=self.seed)
             shallow = make_baseline(method.baseline, self._baseline, num_removed)
             return shallow.model, list(shallow.kept)
         if self._composer is None:

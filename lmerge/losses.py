@@ -62,7 +62,7 @@ def relative_error(output_BTD: Tensor, target_BTD: Tensor) -> Tensor:
     """
     target_BTD = wide(target_BTD)
     error_BT = (wide(output_BTD) - target_BTD).square().sum(dim=-1)
-    return (error_BT / target_BTD.square().sum(dim=-1)).mean()
+    return (error_BT / target_BTD.square().sum(dim=-1).clamp_min(1e-12)).mean()
 
 
 class GroupStates(NamedTuple):

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lmerge.llama import MATRICES, decoder_layers, run_span, with_layer_index, with_layers
+from lmerge.losses import relative_error
 from lmerge.merged import MergedLlama
 from lmerge.progress import track
 from lmerge.trained_layers import FreeLayer, learning_rate_share
@@ -92,11 +93,8 @@ def _orders(block_N: Tensor, num_epochs: int, batch_size: int, seed: int) -> lis
 
 
 def _error(one: PreTrainedModel, current_BTD: Tensor, target_BTD: Tensor) -> Tensor:
-    """Return the mean over positions of the squared error as a share of the target's square."""
     output_BTD = run_span(one, current_BTD.to(one.device)).float()
-    target_BTD = target_BTD.to(output_BTD)
-    size_BT = target_BTD.square().sum(dim=-1).clamp_min(1e-12)
-    return ((output_BTD - target_BTD).square().sum(dim=-1) / size_BT).mean()
+    return relative_error(output_BTD, target_BTD.to(output_BTD))
 
 
 @torch.no_grad()

@@ -49,6 +49,12 @@ class Calibration:
         return layer_inputs(self.source, self.token_BT)
 
 
+def spread_blocks(token_BT: Tensor, num_tokens: int) -> Tensor:
+    """Return blocks of about `num_tokens` tokens, at least one block, spread over all of them."""
+    num_blocks = max(1, num_tokens // token_BT.shape[1])
+    return token_BT[:: max(1, len(token_BT) // num_blocks)][:num_blocks]
+
+
 def keep_layers(source: PreTrainedModel, kept: Sequence[int]) -> Shallow:
     """Return the source with the layers `kept` alone, in that order."""
     layers = [with_layer_index(decoder_layers(source)[i], place) for place, i in enumerate(kept)]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lmerge.baselines.calibration import Calibration, Shallow, keep_layers, without
+from lmerge.baselines.calibration import Calibration, Shallow, keep_layers, spread_blocks, without
 from lmerge.llama import lm_logits, run_span, span
 from lmerge.plan import block_groups
 from lmerge.progress import track
@@ -72,8 +72,7 @@ def drop_sleb(data: Calibration, num_removed: int) -> Shallow:
     The first and the last of the remaining layers stay, as in the released code. Departure: the
     loss is measured on `SLEB_TOKENS` tokens of the calibration blocks, not on 128 x 2,048.
     """
-    num_blocks = max(1, SLEB_TOKENS // data.token_BT.shape[1])
-    token_BT = data.token_BT[:: max(1, len(data.token_BT) // num_blocks)][:num_blocks]
+    token_BT = spread_blocks(data.token_BT, SLEB_TOKENS)
     kept = list(range(data.depth))
     for _ in track(range(num_removed), "SLEB", total=num_removed):
         losses = _losses_without(data.source, kept, token_BT)

@@ -10,12 +10,15 @@ import torch.nn.functional as F
 from scipy.linalg import hadamard
 from torch import Tensor, nn
 
-from lmerge.baselines.calibration import Calibration, Shallow, keep_layers, without
+from lmerge.baselines.calibration import Calibration, Shallow, keep_layers, spread_blocks, without
 from lmerge.baselines.dropping import block_influences
 from lmerge.baselines.merging import check_changed, replace_layer
 from lmerge.block_refits import layer_inputs
 from lmerge.llama import decoder_layers, layer_tensors, run_span, span, with_layers
 from lmerge.progress import track
+
+COMP_TOKENS = 8192
+"""Calibration tokens on which Prune&Comp measures influences and one scale at each removal."""
 
 COSINE_STEPS = 1000
 """Adam steps of ReplaceMe's cosine variant."""
@@ -81,10 +84,6 @@ def linear_patch(data: Calibration, num_removed: int) -> Shallow:
     return Shallow(with_layers(shorter.model, layers, range(len(layers))), shorter.kept)
 
 
-COMP_TOKENS = 8192
-"""Calibration tokens on which Prune&Comp measures influences and one scale at each removal."""
-
-
 @torch.no_grad()
 def prune_and_compensate(data: Calibration, num_removed: int) -> Shallow:
     """Remove one layer at a time and undo the change of scale (Prune&Comp, arXiv:2507.18212).
@@ -94,8 +93,7 @@ def prune_and_compensate(data: Calibration, num_removed: int) -> Shallow:
     embedding, o and down before the gap by a. Because of the norms it is the same, up to their
     epsilon, to divide o and down after the gap by a, and the embedding may stay tied to the head.
     """
-    num_blocks = max(1, COMP_TOKENS // data.token_BT.shape[1])
-    token_BT = data.token_BT[:: max(1, len(data.token_BT) // num_blocks)][:num_blocks]
+    token_BT = spread_blocks(data.token_BT, COMP_TOKENS)
     current = keep_layers(data.source, range(data.depth))
     for _ in track(range(num_removed), "Prune&Comp", total=num_removed):
         states = layer_inputs(current.model, token_BT)
