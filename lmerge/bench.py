@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from lmerge.baselines.calibration import Calibration, spread_blocks
 from lmerge.baselines.table import make_baseline
 from lmerge.compose import Composer, MethodConfig, Planner
-from lmerge.data.batching import held_blocks
+from lmerge.data.mixing import Mix, held_blocks
 from lmerge.data.module import MMLUDataModule
 from lmerge.data.prompts import calibration_text as question_text
 from lmerge.data.records import ChoiceBatch, Scoring, TextBatch
@@ -55,9 +55,11 @@ class CompareData:
     languages: list[str] = field(default_factory=lambda: ["en"])
     """ISO 639-1 codes."""
     calibration_text: str | list[str] | None = "bank"
-    """Prose to calibrate on: `bank`, files, or null for none."""
+    """Prose to calibrate on: `bank`, files, parts of files, or null for none."""
+    calibration_mix: Mix = "length"
+    """Share of each text, as `--data.calibration_mix` of fit."""
     eval_text: str | list[str] | None = "bank"
-    """Prose to measure on, never calibrated on: `bank`, files, or null for none."""
+    """Prose to measure on, never calibrated on: `bank`, files, parts of files, or null for none."""
     block_size: int = 256
     """Tokens in a block."""
     num_calibration_tokens: int = 98_304
@@ -198,6 +200,7 @@ class Bench:
             num_shots=data.num_shots,
             scorings=data.scorings,
             calibration_text=data.calibration_text,
+            calibration_mix=data.calibration_mix,
             eval_text=data.eval_text,
             block_size=data.block_size,
             num_calibration_tokens=data.num_calibration_tokens,

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lmerge.activations import Pooling, layer_states
-from lmerge.data.batching import held_blocks
+from lmerge.data.mixing import held_blocks
 from lmerge.files import read_json, write_json
 from lmerge.information import InformationConfig
 from lmerge.plan import Group

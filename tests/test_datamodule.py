@@ -11,7 +11,7 @@ from lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lmerge.data.batching import mix_blocks
+from lmerge.data.mixing import mix_blocks
 from lmerge.data.module import MMLUDataModule
 from lmerge.data.records import ChoiceBatch, TextBatch
 
@@ -265,6 +265,32 @@ def test_blocks_are_shared_out_in_proportion() -> None:
     streams = [[stream] * length for stream, length in enumerate((600, 300, 100))]
     blocks_NT = mix_blocks(streams, block_size=10, num_blocks=20, seed=0)
     assert torch.bincount(blocks_NT[:, 0]).tolist() == [12, 6, 2]
+
+
+@pytest.mark.parametrize(("num_blocks", "shares"), [(20, [7, 7, 6]), (50, [25, 15, 10])])
+def test_equal_shares_go_as_far_as_each_text_does(num_blocks: int, shares: list[int]) -> None:
+    streams = [[stream] * length for stream, length in enumerate((600, 150, 100))]
+    blocks_NT = mix_blocks(streams, block_size=10, num_blocks=num_blocks, seed=0, mix="equal")
+    assert sorted(torch.bincount(blocks_NT[:, 0]).tolist()) == sorted(shares)
+
+
+def test_equal_shares_of_too_little_text_are_all_of_it() -> None:
+    streams = [[stream] * length for stream, length in enumerate((30, 20))]
+    assert len(mix_blocks(streams, block_size=10, num_blocks=9, seed=0, mix="equal")) == 5
+
+
+@pytest.mark.parametrize("part", ["[70%:]", ""])
+def test_parts_of_one_file_that_overlap_are_not_calibrated_and_measured_on(
+    part: str, small: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text("some words in a line\n" * 200)
+    with pytest.raises(ValueError, match="let the parts not overlap"):
+        module(
+            "fit",
+            small,
+            calibration_text=f"{tmp_path}/a.txt[:80%]",
+            eval_text=f"{tmp_path}/a.txt{part}",
+        )
 
 
 def test_blocks_of_all_streams_are_spread_evenly() -> None:

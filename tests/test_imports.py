@@ -32,6 +32,7 @@ ORDER = (
     "data.words",
     "data.stage",
     "data.batching",
+    "data.mixing",
     "data.module",
     "activations",
     "streamed",

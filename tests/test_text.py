@@ -64,6 +64,27 @@ def test_documents_of_a_jsonl_file_are_joined(tmp_path: Path) -> None:
     assert read_text(str(tmp_path / "mine.jsonl")) == "a\n\nb"
 
 
+def test_parts_of_a_file_are_cut_between_lines_and_make_up_the_file(tmp_path: Path) -> None:
+    text = "".join(f"line {i} of the file\n" for i in range(40))
+    (tmp_path / "a.txt").write_text(text)
+    parts = [read_text(f"{tmp_path}/a.txt[{part}]") for part in (":33%", "33%:80%", "80%:")]
+    assert "".join(parts) == text
+    assert all(part.startswith("line") and part.endswith("\n") for part in parts)
+    assert len(parts[0]) == pytest.approx(0.33 * len(text), abs=20)
+
+
+def test_a_part_of_a_file_goes_by_the_name_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("a\nb\n")
+    assert read_texts([f"{tmp_path}/mine.txt[:50%]"], ["en"], split="val") == {"mine": "a\n"}
+
+
+@pytest.mark.parametrize("part", ["80%:20%", "20%:20%", ":101%"])
+def test_a_part_of_a_file_is_not_empty_and_lies_in_it(part: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a\nb\n")
+    with pytest.raises(ValueError, match="must end after its start and at most at 100%"):
+        read_text(f"{tmp_path}/a.txt[{part}]")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [

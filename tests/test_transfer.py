@@ -7,7 +7,7 @@ from conftest import byte_tokenizer, tiny_model
 
 from lmerge import transfer_cells
 from lmerge.cli import main
-from lmerge.data.batching import held_blocks
+from lmerge.data.mixing import held_blocks
 from lmerge.data.records import IGNORE, TextBatch
 from lmerge.files import read_json
 from lmerge.information import InformationConfig

@@ -1,4 +1,4 @@
-"""Calibration prompts and token blocks, and batches on a device."""
+"""Calibration prompts, loaders of blocks, and batches on a device."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from lmerge.data.prompts import calibration_text, prompt_text
+from lmerge.data.prompts import prompt_text
 from lmerge.data.records import ChoiceBatch, Question, TextBatch
-from lmerge.data.text import token_blocks
 from lmerge.data.tokens import encode
 
 logger = logging.getLogger(__name__)
@@ -73,7 +72,7 @@ class ShuffledOrder(DistributedSampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         rank, num_processes = world()
-        order = _permutation(self.size, self.seed * 1_000_003 + self.epoch)
+        order = permutation(self.size, self.seed * 1_000_003 + self.epoch)
         order += islice(cycle(order), self.num_repeats)
         return iter(order[rank::num_processes])
 
@@ -187,7 +186,7 @@ def sample_prompts(
         ids = list(
             dict.fromkeys(q.id for (name, _), g in groups.items() if name == domain for q in g)
         )
-        rank = {ids[i]: position for position, i in enumerate(_permutation(len(ids), seed))}
+        rank = {ids[i]: position for position, i in enumerate(permutation(len(ids), seed))}
         chosen = sorted(group, key=lambda question: rank[question.id])[:num_prompts]
         if len(chosen) < num_prompts:
             message = "%s (%s): %d calibration prompts, since there are no more questions"
@@ -195,68 +194,6 @@ def sample_prompts(
         texts = [prompt_text(question, [], "letter") for question in chosen]
         prompts[domain, language] = [torch.tensor(ids) for ids in encode(tokenizer, texts)]
     return prompts
-
-
-def calibration_streams(
-    questions: Sequence[Question],
-    domain_subjects: DomainSubjects,
-    texts: Mapping[str, str],
-    tokenizer: PreTrainedTokenizerBase,
-) -> list[list[int]]:
-    """Return the token ids of each text to calibrate on.
-
-    One stream per (domain, language), of its questions with their answers, then one per prose
-    text. A question of several domains counts once. No stream holds BOS, since most blocks start
-    in the middle of a text.
-    """
-    streams, seen = [], set()
-    for group in by_domain_language(questions, domain_subjects).values():
-        new = [question for question in group if (question.id, question.language) not in seen]
-        seen |= {(question.id, question.language) for question in new}
-        streams.append("\n\n".join(calibration_text(question) for question in new))
-    ids = tokenizer([*streams, *texts.values()], add_special_tokens=False, verbose=False)
-    return [list(stream) for stream in ids["input_ids"]]
-
-
-def mix_blocks(
-    streams: Sequence[Sequence[int]], *, block_size: int, num_blocks: int, seed: int
-) -> Tensor:
-    """Return blocks of all streams, each in proportion to its length and spread evenly.
-
-    Args:
-        streams: Token ids of each text.
-        block_size: Tokens in a block.
-        num_blocks: Blocks to return; fewer where the streams hold fewer.
-        seed: Chooses the blocks of a stream that has more than its share.
-
-    Returns:
-        Blocks (N, T), int64; equal arguments give equal blocks.
-
-    Raises:
-        ValueError: If no stream fills a block.
-    """
-    blocks = [token_blocks(ids, block_size) for ids in streams if len(ids) >= block_size]
-    if not blocks:
-        longest = max((len(ids) for ids in streams), default=0)
-        raise ValueError(
-            f"`block_size` must be at most the {longest} tokens of the longest calibration text, "
-            f"got {block_size}; lower it or give more text."
-        )
-    shares = _shares([len(block_BT) for block_BT in blocks], num_blocks)
-    placed = []
-    for stream, (block_BT, share) in enumerate(zip(blocks, shares, strict=True)):
-        chosen = sorted(_permutation(len(block_BT), seed)[:share])
-        placed += [((i + 0.5) / share, stream, block_BT[j]) for i, j in enumerate(chosen)]
-    return torch.stack([token_T for *_, token_T in sorted(placed, key=lambda item: item[:2])])
-
-
-def held_blocks(num_blocks: int, holdout: float) -> Tensor:
-    """Return which blocks are held out: at least one, spread evenly (bool)."""
-    num_held = max(1, round(num_blocks * holdout))
-    place_B = (torch.arange(num_held) + 0.5) * num_blocks / num_held
-    held_B = torch.zeros(num_blocks, dtype=torch.bool)
-    held_B[place_B.long()] = True
-    return held_B
 
 
 def context_length(config: PretrainedConfig) -> int:
@@ -275,21 +212,9 @@ def to_device(batch: BatchT, device: torch.device) -> BatchT:
     return replace(batch, **moved)
 
 
-def _permutation(length: int, seed: int) -> list[int]:
+def permutation(length: int, seed: int) -> list[int]:
+    """Return the numbers below `length` in an order that `seed` decides."""
     order: list[int] = torch.randperm(
         length, generator=torch.Generator().manual_seed(seed)
     ).tolist()
     return order
-
-
-def _shares(counts: Sequence[int], total: int) -> list[int]:
-    """Split `total` in proportion to `counts`, none above its count (largest remainders)."""
-    available = sum(counts)
-    if available < total:
-        logger.info("%d calibration blocks, since there is no more text", available)
-    total = min(total, available)
-    shares = [total * count // available for count in counts]
-    remainders = sorted(range(len(counts)), key=lambda i: -(total * counts[i] % available))
-    for i in remainders[: total - sum(shares)]:
-        shares[i] += 1
-    return shares

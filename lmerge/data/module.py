@@ -15,15 +15,13 @@ from lmerge.data.batching import (
     BlockDataset,
     ResumableLoader,
     ShuffledOrder,
-    calibration_streams,
     context_length,
-    held_blocks,
     in_rounds,
-    mix_blocks,
     sample_prompts,
     to_device,
     world,
 )
+from lmerge.data.mixing import Mix, calibration_streams, held_blocks, mix_blocks
 from lmerge.data.prompts import build_choice_batches
 from lmerge.data.records import IGNORE, ChoiceBatch, Question, Scoring, TextBatch, WordBatch
 from lmerge.data.stage import StageData, read_stage
@@ -61,9 +59,13 @@ class MMLUDataModule(LightningDataModule):
         num_shots: Answered examples before each question; at least 0.
         scorings: How questions are scored: letter (name the letter) and cloze (most likely text).
         calibration_text: Prose to calibrate on beside the questions: `bank`, a .txt file, a .jsonl
-            file with `text`, a list of these, or null for none.
-        eval_text: Prose to measure perplexity on: `bank`, a .txt file, a .jsonl file with `text`,
-            several of these, or null for none. A file's results go by its name without ending.
+            file with `text`, a part of one such as wiki.txt[:80%], a list of these, or null for
+            none.
+        calibration_mix: Share of each text: length (in proportion to its length) or equal (as many
+            blocks of each, as far as it goes; the questions of a domain and language are a text).
+        eval_text: Prose to measure perplexity on: `bank`, a .txt file, a .jsonl file with `text`, a
+            part of one such as wiki.txt[80%:], several of these, or null for none. A file's results
+            go by its name without ending.
         stride: Tokens from one block's start to the next where perplexity is measured; below
             `block_size` blocks overlap, and each token is scored once, after at least
             `block_size - stride` others. 1 to `block_size`; null for `block_size`.
@@ -92,6 +94,7 @@ class MMLUDataModule(LightningDataModule):
         num_shots: int = 5,
         scorings: list[Scoring] = SCORINGS,
         calibration_text: str | list[str] | None = "bank",
+        calibration_mix: Mix = "length",
         eval_text: str | list[str] | None = "bank",
         stride: int | None = None,
         last_word: str | list[str] | None = None,
@@ -131,6 +134,7 @@ class MMLUDataModule(LightningDataModule):
         self.num_shots = num_shots
         self.scorings = scorings
         self.calibration_text = calibration_text
+        self.calibration_mix = calibration_mix
         self.eval_text = eval_text
         self.stride = stride
         self.last_word = last_word
@@ -255,6 +259,7 @@ class MMLUDataModule(LightningDataModule):
                 block_size=self.block_size,
                 num_blocks=self.num_calibration_tokens // self.block_size,
                 seed=self.seed,
+                mix=self.calibration_mix,
             )
         return self._blocks_NT
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lmerge.data.prompts import Examples, check_shots
 from lmerge.data.questions import fingerprint, load_questions, resolve_domains
 from lmerge.data.records import Question, Split
-from lmerge.data.text import read_texts, text_fingerprint
+from lmerge.data.text import file_names, read_texts, split_slice, text_fingerprint
 from lmerge.data.words import read_last_words
 
 EVALUATED: dict[str, Split] = {"fit": "val", "validate": "val", "test": "test"}
@@ -82,6 +82,7 @@ def read_stage(
     )
     eval_texts = read_texts(eval_text, languages, split="test")
     _check_disjoint(calibration_texts, eval_texts)
+    _check_parts(calibration_text, eval_text)
     return StageData(
         stage=stage,
         questions=kept,
@@ -144,3 +145,17 @@ def _check_disjoint(calibration: Mapping[str, str], evaluation: Mapping[str, str
                 f"`eval_text` must not be calibrated on, got the text {name!r} for "
                 "`calibration_text` too; give another file for one of them."
             )
+
+
+def _check_parts(
+    calibration: str | Sequence[str] | None, evaluation: str | Sequence[str] | None
+) -> None:
+    """Raise ValueError when parts of one file overlap that are calibrated and measured on."""
+    for ours in file_names(calibration):
+        for theirs in file_names(evaluation):
+            (file, start, stop), (other, low, high) = split_slice(ours), split_slice(theirs)
+            if file == other != "bank" and start < high and low < stop:
+                raise ValueError(
+                    f"`eval_text` must not be calibrated on, got {theirs} while "
+                    f"`calibration_text` is {ours}; let the parts not overlap."
+                )

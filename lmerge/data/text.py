@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -16,6 +17,9 @@ from lmerge.data.records import IGNORE, TextBatch
 from lmerge.data.rows import parse_object, read_utf8, show
 from lmerge.data.tokens import encode
 
+SLICE = re.compile(r"(?P<path>.+)\[(?P<start>\d+%)?:(?P<stop>\d+%)?\]", re.DOTALL)
+"""A file and the part of it that is meant, as in `datasets`: `wiki.txt[:80%]`."""
+
 
 def read_texts(
     source: str | Sequence[str] | None, languages: Sequence[str], *, split: Literal["val", "test"]
@@ -23,7 +27,8 @@ def read_texts(
     """Return texts by name: one per language from the bank, and the user's files under their stems.
 
     Args:
-        source: `bank`, a `.txt` or `.jsonl` file, several of these, or None for no text.
+        source: `bank`, a `.txt` or `.jsonl` file or a part of one, several of these, or None for no
+            text.
         languages: ISO 639-1 codes; a user's file is read once, whatever they are.
         split: Which of the bundled texts: `val` to calibrate on, `test` to measure on.
     """
@@ -32,7 +37,7 @@ def read_texts(
         if path == "bank":
             texts |= {language: read_text(path, language, split=split) for language in languages}
         else:
-            texts[Path(path).stem] = read_text(path)
+            texts[Path(split_slice(path)[0]).stem] = read_text(path)
     return texts
 
 
@@ -43,7 +48,7 @@ def file_names(source: str | Sequence[str] | None) -> list[str]:
         ValueError: If two files have the same stem.
     """
     paths = [source] if isinstance(source, str) else list(source or ())
-    stems = [Path(path).stem for path in paths]
+    stems = [Path(split_slice(path)[0]).stem for path in paths]
     twice = [stem for stem in stems if stems.count(stem) > 1]
     if twice:
         raise ValueError(
@@ -53,12 +58,32 @@ def file_names(source: str | Sequence[str] | None) -> list[str]:
     return paths
 
 
+def split_slice(source: str) -> tuple[str, int, int]:
+    """Return the file that is meant, and the percentages where the part of it starts and ends.
+
+    Raises:
+        ValueError: When the part is empty or reaches beyond the file.
+    """
+    found = SLICE.fullmatch(source)
+    if not found:
+        return source, 0, 100
+    start = int((found["start"] or "0%").rstrip("%"))
+    stop = int((found["stop"] or "100%").rstrip("%"))
+    if not start < stop <= 100:
+        raise ValueError(
+            f"{source}: the part of a file must end after its start and at most at 100%, got "
+            f"[{start}%:{stop}%]; write for example {found['path']}[:80%]."
+        )
+    return found["path"], start, stop
+
+
 def read_text(source: str, language: str = "en", *, split: Literal["val", "test"] = "test") -> str:
     """Return the bundled prose of a language, or the text of the user's file.
 
     Args:
         source: `bank`, a UTF-8 `.txt` file, or a `.jsonl` file with `text` on each line, which are
-            joined with an empty line in between.
+            joined with an empty line in between. A part of a file is named in per cent of its
+            characters, `wiki.txt[:80%]`; it is cut where the next line starts.
         language: ISO 639-1 code; matters for `bank` alone.
         split: `val` to calibrate on, `test` to measure on; matters for `bank` alone.
 
@@ -67,7 +92,8 @@ def read_text(source: str, language: str = "en", *, split: Literal["val", "test"
     """
     if source == "bank":
         return _bundled_text(language, split)
-    path = Path(source)
+    file, start, stop = split_slice(source)
+    path = Path(file)
     if path.suffix not in {".txt", ".jsonl"} or not path.is_file():
         raise ValueError(
             f"{source}: a text must be bank, an existing .txt file or an existing .jsonl file; "
@@ -77,9 +103,19 @@ def read_text(source: str, language: str = "en", *, split: Literal["val", "test"
         text = read_utf8(path)
     else:
         text = "\n\n".join(document for _, document in documents(path))
+    text = text[_cut(text, start) : _cut(text, stop)]
     if not text.strip():
         raise ValueError(f"{source}: a text must not be empty, got {show(text)}; fill it.")
     return text
+
+
+def _cut(text: str, percent: int) -> int:
+    """Return where the first line starts that begins at or after a percentage of the characters."""
+    place = len(text) * percent // 100
+    if place in (0, len(text)) or text[place - 1] == "\n":
+        return place
+    newline = text.find("\n", place)
+    return len(text) if newline < 0 else newline + 1
 
 
 def documents(path: Path) -> Iterator[tuple[str, str]]:
