@@ -139,19 +139,12 @@ def _nothing(*_: object) -> None:
     """Leave the merged model as it is."""
 
 
-def _deep(
-    source: PreTrainedModel,
-    merged: MergedLlama,
-    prefix_BTD: Tensor,
-    held_B: Tensor,
-    config: RepairConfig,
-) -> None:
-    num_after, num_epochs = config.num_after, config.num_epochs
-    refine_layers(source, merged, prefix_BTD, held_B, num_after=num_after, num_epochs=num_epochs)
-
-
 Repairer = Callable[[PreTrainedModel, MergedLlama, Tensor, Tensor, RepairConfig], object]
 
-REPAIRS: dict[RepairMethod, Repairer] = {"down": refit_groups, "deep": _deep, "none": _nothing}
+REPAIRS: dict[RepairMethod, Repairer] = {
+    "down": refit_groups,
+    "deep": refine_layers,
+    "none": _nothing,
+}
 """Method -> what changes a merged model in place: source, merged model, input states of the first
 merged layer on the calibration blocks, which of these are held out, and the options."""

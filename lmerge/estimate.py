@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from lmerge.heal import HealConfig
 from lmerge.llama import decoder_layers, lm_logits, num_layers
+from lmerge.neuron_pool import TOKENS, room_of
 from lmerge.repair import RepairConfig
 
 BACKWARD = 3.0
@@ -104,7 +105,12 @@ def _repair_seconds(model: PreTrainedModel, work: Work, per_layer: float) -> flo
         num_layers_refitted, cost = 1, 2 + gram
     if work.repair.method == "deep":
         cost += BACKWARD * work.repair.num_epochs
-    return float(work.num_tokens * per_layer * num_layers_refitted * cost)
+    tokens = work.num_tokens * num_layers_refitted * cost
+    if work.repair.method == "deep" and work.repair.neurons == "pooled":
+        neurons = config.intermediate_size
+        pool = min((work.num_removed + 1) * neurons, room_of(neurons))
+        tokens += (TOKENS * pool**2 + 3 * pool**3) / weights  # products, and factors in float64
+    return float(tokens * per_layer)
 
 
 def duration(seconds: float) -> str:

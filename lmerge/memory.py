@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from lmerge.alphas import Granularity
 from lmerge.divergence import CHUNK_SIZE as TRAIN_CHUNK
 from lmerge.llama import HeadSpec, head_spec
+from lmerge.neuron_pool import room_of
 from lmerge.score import CHUNK_SIZE as EVAL_CHUNK
 
 Setup = Literal["cpu", "gpu", "ddp", "fsdp2"]
@@ -96,6 +97,8 @@ class Job:
     """Whether the plan is made by a search that runs the model."""
     repairs: bool = True
     """Whether the merged layers are refitted."""
+    pools: bool = False
+    """Whether the neurons of the merged layers are chosen among those of all members."""
     exports: bool = True
     """Whether the merged model is exported, and loaded again to check it."""
 
@@ -203,10 +206,11 @@ def _evaluation(sizes: Sizes, job: Job) -> int:
 
 def _repair(sizes: Sizes, job: Job) -> int:
     """Return the bytes of the normal equations in float64, of a batch of rows and all states."""
-    gram = sizes.num_neurons**2 * DOUBLE
-    rows = STATES_BATCH * job.block_size * DOUBLE * (3 * sizes.num_neurons + 4 * sizes.width)
+    pool = max(job.group_sizes, default=1) * sizes.num_neurons
+    features = min(pool, room_of(sizes.num_neurons)) if job.pools else sizes.num_neurons
+    rows = STATES_BATCH * job.block_size * DOUBLE * (3 * features + 4 * sizes.width)
     lists = 4 * job.num_calibration_tokens * sizes.width * job.itemsize
-    return 5 * gram + rows + lists
+    return 5 * features**2 * DOUBLE + rows + lists
 
 
 def _check(sizes: Sizes, job: Job) -> int:

@@ -19,6 +19,7 @@ from lmerge.progress import track
 logger = logging.getLogger(__name__)
 
 RepairMethod = Literal["down", "deep", "none"]
+NeuronChoice = Literal["own", "pooled"]
 
 RIDGES = (1.0, 3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 """Regularisation strengths tried, as shares of the mean diagonal of the Gram matrix."""
@@ -37,6 +38,10 @@ class RepairConfig:
     num_epochs: int = 0
     """Passes over the calibration blocks in which `deep` then trains all matrices of each refitted
     layer towards the source's states; at least 0. 3 lower the error by some 7% more."""
+
+    neurons: NeuronChoice = "own"
+    """Neurons of the merged layers in `deep`: `own`, those of the merged weights, or `pooled`,
+    chosen among those of all members and taken as they are."""
 
     def __post_init__(self) -> None:
         if self.num_after < 0:
@@ -86,6 +91,11 @@ class NormalEquations(NamedTuple):
         """Return the sums over both sets of positions."""
         assert isinstance(other, NormalEquations)
         return NormalEquations(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def of(self, kept_F: Tensor) -> NormalEquations:
+        """Return the sums of the problem with some of the inputs alone."""
+        gram_FF = self.gram_FF[kept_F][:, kept_F]
+        return NormalEquations(gram_FF, self.cross_DF[:, kept_F], self.energy)
 
     def solve(self, ridge: float) -> Tensor:
         """Return the change (D, F) that minimises error + lambda |change|^2, in float64.

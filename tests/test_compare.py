@@ -169,7 +169,7 @@ def test_a_composition_is_its_steps_one_after_the_other() -> None:
     composed = Composer(source, token_BT, held_B, seed=0).compose(plan.groups, method)
     merged = MergedLlama(source, plan, {}, AlphaConfig())
     prefix_BTD = cache_states(source, token_BT, 1).prefix_BTD
-    refine_layers(source, merged, prefix_BTD, held_B, num_after=1)
+    refine_layers(source, merged, prefix_BTD, held_B, RepairConfig(method="deep", num_after=1))
     torch.testing.assert_close(logits(composed.causal_lm), logits(merged.causal_lm))
 
 

@@ -11,12 +11,17 @@ from lmerge.alphas import AlphaConfig
 from lmerge.cache import cache_states
 from lmerge.llama import decoder_layers, run_span, span
 from lmerge.merged import MergedLlama
-from lmerge.refine import ROW_RIDGES, RowRefit, refine_layers, solve_rows
-from lmerge.repair import NormalEquations
+from lmerge.refine import refine_layers
+from lmerge.repair import NormalEquations, RepairConfig
+from lmerge.row_refits import ROW_RIDGES, RowRefit, solve_rows
 from lmerge.state_training import train_layer
 
 FIRST = plan_of([0, 1])
 HELD = torch.arange(24) % 4 == 3
+
+
+def deep(num_after: int, num_epochs: int = 0) -> RepairConfig:
+    return RepairConfig(method="deep", num_after=num_after, num_epochs=num_epochs)
 
 
 def equations(a: Tensor, r: Tensor) -> NormalEquations:
@@ -95,7 +100,7 @@ def error(source: PreTrainedModel, model: PreTrainedModel, layer: int, target: i
 def test_deep_repair_lowers_the_error_on_blocks_it_never_saw(name: str) -> None:
     source, merged, prefix = prepared(name)
     before = [error(source, merged.causal_lm, i, i + 1) for i in (0, 1)]
-    refine_layers(source, merged, prefix, HELD, num_after=1)
+    refine_layers(source, merged, prefix, HELD, deep(num_after=1))
     after = [error(source, merged.causal_lm, i, i + 1) for i in (0, 1)]
     assert after[0] < before[0]
     assert after[1] < before[1]
@@ -106,7 +111,7 @@ def test_that_many_layers_above_are_refitted(num_after: int, positions: list[int
     source, merged, prefix = prepared()
     before = merged.plain()
     old = [weights(layer) for layer in decoder_layers(before)]
-    assert list(refine_layers(source, merged, prefix, HELD, num_after=num_after)) == positions
+    assert list(refine_layers(source, merged, prefix, HELD, deep(num_after=num_after))) == positions
     new = [weights(layer) for layer in decoder_layers(merged.plain())]
     for i, (was, now) in enumerate(zip(old, new, strict=True)):
         changed = {name for name in was if not torch.equal(was[name], now[name])}
@@ -117,7 +122,7 @@ def test_that_many_layers_above_are_refitted(num_after: int, positions: list[int
 def test_the_source_stays_as_it_was() -> None:
     source, merged, prefix = prepared()
     before = weights(source)
-    refine_layers(source, merged, prefix, HELD, num_after=9)
+    refine_layers(source, merged, prefix, HELD, deep(num_after=9))
     assert same(before, weights(source))
 
 
@@ -126,7 +131,7 @@ def test_the_batch_size_does_not_matter(batch_size: int) -> None:
     outputs = []
     for size in (batch_size, 4):
         source, merged, prefix = prepared()
-        refine_layers(source, merged, prefix, HELD, num_after=1, batch_size=size)
+        refine_layers(source, merged, prefix, HELD, deep(num_after=1), batch_size=size)
         outputs.append(states_after(merged.causal_lm, 2, tokens()))
     torch.testing.assert_close(*outputs, rtol=1e-2, atol=1e-3)
 
@@ -135,14 +140,20 @@ def test_with_nothing_merged_nothing_is_refitted() -> None:
     source = tiny_model()
     merged = MergedLlama(source, plan_of(), {}, AlphaConfig())
     prefix = cache_states(source, tokens(24), merged.first_merged).prefix_BTD
-    assert refine_layers(source, merged, prefix, HELD, num_after=2) == {}
+    assert refine_layers(source, merged, prefix, HELD, deep(num_after=2)) == {}
 
 
 def test_training_on_states_lowers_the_error_further_on_blocks_it_never_saw() -> None:
     errors = []
     for num_epochs in (0, 6):
         source, merged, prefix = prepared()
-        found = refine_layers(source, merged, prefix, HELD, num_after=1, num_epochs=num_epochs)
+        found = refine_layers(
+            source,
+            merged,
+            prefix,
+            HELD,
+            deep(num_after=1, num_epochs=num_epochs),
+        )
         errors.append((error(source, merged.causal_lm, 0, 1), found[0].holdout_error))
     assert errors[1][0] < errors[0][0]
     assert errors[1][1] < errors[0][1]
@@ -152,7 +163,7 @@ def test_training_on_states_moves_every_matrix_of_the_refitted_layers_alone() ->
     source, merged, prefix = prepared()
     old = [weights(layer) for layer in decoder_layers(merged.plain())]
     before = weights(source)
-    refine_layers(source, merged, prefix, HELD, num_after=0, num_epochs=2)
+    refine_layers(source, merged, prefix, HELD, deep(num_after=0, num_epochs=2))
     new = [weights(layer) for layer in decoder_layers(merged.plain())]
     changed = {n for n in old[0] if not torch.equal(old[0][n], new[0][n])}
     assert changed == {n for n in old[0] if "proj" in n}
@@ -162,7 +173,7 @@ def test_training_on_states_moves_every_matrix_of_the_refitted_layers_alone() ->
 
 def test_training_that_helps_no_held_out_block_changes_nothing() -> None:
     source, merged, prefix = prepared()
-    refine_layers(source, merged, prefix, HELD, num_after=0)
+    refine_layers(source, merged, prefix, HELD, deep(num_after=0))
     old = weights(decoder_layers(merged.plain())[0])
     with torch.no_grad():
         targets = run_span(span(merged.causal_lm, 0, 1), prefix)
