@@ -157,6 +157,13 @@ def test_sleb_is_a_loop_over_whole_models() -> None:
     assert list(make_baseline("sleb", data_of(model), 3).kept) == kept
 
 
+def test_sleb_for_several_budgets_is_sleb_for_each() -> None:
+    shared = data_of(deep())
+    for num_removed in (3, 1, 4):
+        alone = make_baseline("sleb", data_of(deep()), num_removed).kept
+        assert make_baseline("sleb", shared, num_removed).kept == alone
+
+
 def test_mka_merges_pair_after_pair() -> None:
     model, reference = deep(), deep()
     last_LBD = torch.stack([s[:, -1] for s in raw_states(model)[1:]])

@@ -36,6 +36,8 @@ class Calibration:
         self.source = source
         self.token_BT = token_BT
         self.seed = seed
+        self.sleb_removed: list[int] = []
+        """Layers in the order in which SLEB removes them, as far as it is known."""
 
     @property
     def depth(self) -> int:

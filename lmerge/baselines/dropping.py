@@ -70,14 +70,17 @@ def drop_sleb(data: Calibration, num_removed: int) -> Shallow:
     """Remove one layer at a time, that whose removal costs least loss (arXiv:2402.09025).
 
     The first and the last of the remaining layers stay, as in the released code. Departure: the
-    loss is measured on `SLEB_TOKENS` tokens of the calibration blocks, not on 128 x 2,048.
+    loss is measured on `SLEB_TOKENS` tokens of the calibration blocks, not on 128 x 2,048. A larger
+    budget goes on from where a smaller one ended.
     """
     token_BT = spread_blocks(data.token_BT, SLEB_TOKENS)
-    kept = list(range(data.depth))
-    for _ in track(range(num_removed), "SLEB", total=num_removed):
+    removed = data.sleb_removed
+    missing = range(len(removed), num_removed)
+    for _ in track(missing, "SLEB", total=len(missing)):
+        kept = without(data.depth, removed)
         losses = _losses_without(data.source, kept, token_BT)
-        del kept[1 + int(losses.argmin())]
-    return keep_layers(data.source, kept)
+        removed.append(kept[1 + int(losses.argmin())])
+    return keep_layers(data.source, without(data.depth, removed[:num_removed]))
 
 
 def _losses_without(source: PreTrainedModel, kept: list[int], token_BT: Tensor) -> Tensor:
