@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from lmerge.baselines.calibration import Calibration, spread_blocks
 from lmerge.baselines.table import make_baseline
 from lmerge.compose import Composer, MethodConfig, Planner
+from lmerge.data.batching import by_domain_language
 from lmerge.data.mixing import Mix, held_blocks
 from lmerge.data.module import MMLUDataModule
 from lmerge.data.prompts import calibration_text as question_text
@@ -33,7 +34,8 @@ from lmerge.yardstick import Yardstick
 SCHEMA = 1
 
 QUESTIONS = "questions"
-"""Name of the text that the test questions with their answers make."""
+"""Name of the text that the test questions with their answers make; with several domains or
+languages there is one of each, such as `questions: medical, en`."""
 
 CALIBRATION = "calibration"
 """Name of the calibration blocks among the texts, so that overfitting shows."""
@@ -51,7 +53,7 @@ class CompareData:
     domains: list[str] = field(default_factory=lambda: ["all"])
     """Domains of the questions that are calibrated on."""
     eval_domains: list[str] = field(default_factory=lambda: ["all"])
-    """Domains of the questions that are measured on."""
+    """Domains of the questions that are measured on; each is a text of its own."""
     languages: list[str] = field(default_factory=lambda: ["en"])
     """ISO 639-1 codes."""
     calibration_text: str | list[str] | None = "bank"
@@ -248,7 +250,7 @@ class Bench:
     def _texts(self, module: MMLUDataModule) -> Mapping[str, Sequence[TextBatch]]:
         data, blocks = self.data, max(2, self.data.eval_tokens // self.data.block_size)
         texts = read_texts(data.eval_text, data.languages, split="test")
-        texts[QUESTIONS] = "\n\n".join(question_text(question) for question in module.questions)
+        texts |= question_texts(module)
         found: dict[str, Sequence[TextBatch]] = {}
         for name, text in texts.items():
             # A long text is cut before it is tokenised: six characters a token are plenty.
@@ -265,3 +267,14 @@ class Bench:
         place_B = torch.linspace(0, len(held_BT) - 1, min(blocks, len(held_BT))).long()
         found[CALIBRATION] = block_batches(CALIBRATION, held_BT[place_B], 1)
         return found
+
+
+def question_texts(module: MMLUDataModule) -> dict[str, str]:
+    """Return the questions with their answers as a text for each domain and language."""
+    groups = by_domain_language(module.questions, module.domain_subjects)
+    return {
+        f"{QUESTIONS}: {', '.join(key)}" if len(groups) > 1 else QUESTIONS: "\n\n".join(
+            question_text(question) for question in group
+        )
+        for key, group in groups.items()
+    }

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,15 @@ def test_texts_are_the_calibration_blocks_and_those_that_were_held_back(finished
             assert sum(text["block_nats"]) / sum(text["block_tokens"]) == pytest.approx(
                 text["loss"]
             )
+
+
+def test_each_domain_that_is_measured_on_is_a_text(tiny_dir: Path, tmp_path: Path) -> None:
+    data = replace(DATA, domains=["medical"], eval_domains=["medical", "cs"])
+    methods = [MethodConfig(baseline="last")]
+    compare(methods, source=str(tiny_dir), budgets=[1], data=data, run_dir=tmp_path)
+    (cell,) = cells(tmp_path)
+    names = {"questions: medical, en", "questions: cs, en"}
+    assert names == {name for name in cell["texts"] if name.startswith("questions")}
 
 
 def test_the_source_scores_the_same_in_every_cell(finished: Path) -> None:
