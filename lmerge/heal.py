@@ -35,6 +35,9 @@ from lmerge.trained_layers import FreeLayer, ScaledLayer, learning_rate_share
 
 logger = logging.getLogger(__name__)
 
+CHECK = 40
+"""Steps after which the held-out KL is measured, since the weights with the least are kept."""
+
 HealMethod = Literal["none", "scales", "merged", "all"]
 
 
@@ -74,9 +77,9 @@ class Healed(NamedTuple):
     kl_before: float
     """KL(source || merged) in nats a token on the held-out blocks before."""
     kl_after: float
-    """The same afterwards."""
+    """The least of the same during the training; that of its end where it never fell."""
     kept: bool
-    """Whether the change was kept: it is dropped where the held-out KL did not fall."""
+    """Whether the change was kept: it is dropped where the held-out KL never fell."""
 
 
 def heal(
@@ -94,7 +97,7 @@ def heal(
         source: The source model.
         merged: The merged model, repaired or not.
         cache: The source's states on the calibration blocks.
-        held_B: Blocks that are not trained on, but decide whether the change is kept (bool).
+        held_B: Blocks that are not trained on, but decide which weights are kept (bool).
         config: What is trained, and how long.
         seed: Seed of the blocks and positions of each step.
 
@@ -108,15 +111,24 @@ def heal(
     suffix = _suffix(plain, merged.first_merged, trained)
     before = held_kl(source, suffix, cache, held_B)
     parameters = [p for layer in trained.values() for p in layer.parameters() if p.requires_grad]
-    _train(source, suffix, cache, (~held_B).nonzero().flatten(), parameters, config, seed)
-    after = held_kl(source, suffix, cache, held_B)
-    kept = after < before
-    if kept:
-        with torch.no_grad():
-            for position, layer in trained.items():
-                merged.refit_layer(position, {n: layer.tensors()[n].clone() for n in MATRICES})
-    logger.info("healing: held-out KL %.4f -> %.4f%s", before, after, "" if kept else ", dropped")
-    return Healed(before, after, kept)
+    block_N, least, last = (~held_B).nonzero().flatten(), before, before
+    best: dict[int, dict[str, Tensor]] = {}
+    for step in _train(source, suffix, cache, block_N, parameters, config, seed):
+        if step % CHECK == 0 or step == config.num_steps:
+            last = held_kl(source, suffix, cache, held_B)
+            logger.info("healing, step %d: held-out KL %.4f", step, last)
+            if last < least:
+                least, best = last, {p: _matrices(layer) for p, layer in trained.items()}
+    for position, tensors in best.items():
+        merged.refit_layer(position, tensors)
+    logger.info("healing: held-out KL %.4f -> %.4f", before, least if best else last)
+    return Healed(before, least if best else last, bool(best))
+
+
+@torch.no_grad()
+def _matrices(layer: TrainedLayer) -> dict[str, Tensor]:
+    tensors = layer.tensors()
+    return {name: tensors[name].clone() for name in MATRICES}
 
 
 TrainedLayer = ScaledLayer | FreeLayer
@@ -152,7 +164,8 @@ def _train(
     parameters: list[nn.Parameter],
     config: HealConfig,
     seed: int,
-) -> None:
+) -> Iterator[int]:
+    """Train, and yield the number of steps done after each."""
     adam = torch.optim.Adam(parameters, lr=config.lr, betas=(0.9, 0.95))
     steps = _batches(block_N, cache.prefix_BTD.shape[1], config, seed)
     for step, (chosen_B, place_P) in enumerate(
@@ -170,6 +183,7 @@ def _train(
                 "Lower `repair.heal.lr`."
             )
         adam.step()
+        yield step + 1
 
 
 def _batches(

@@ -86,6 +86,20 @@ def test_a_training_that_does_not_help_is_dropped() -> None:
     assert torch.equal(logits(merged.causal_lm), before)
 
 
+def test_the_weights_of_the_least_held_out_kl_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for check in (1, 30):
+        monkeypatch.setattr("lmerge.heal.CHECK", check)
+        source, merged, cache = prepared()
+        healed = heal(source, merged, cache, HELD, config("all", lr=0.02, num_steps=30))
+        assert healed is not None
+        suffix = span(merged.plain(), merged.first_merged, 3, final_norm=True)
+        kept = min(healed.kl_before, healed.kl_after)
+        assert held_kl(source, suffix, cache, HELD) == pytest.approx(kept, rel=1e-4)
+        found[check] = kept
+    assert found[1] < found[30]
+
+
 @pytest.mark.parametrize("method", TRAINED)
 def test_equal_seeds_give_equal_models(method: Trained) -> None:
     found = []
