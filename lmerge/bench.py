@@ -118,7 +118,10 @@ class Bench:
 
     def path(self, method: MethodConfig, num_removed: int) -> Path:
         """Return where a cell is kept: its name tells what it depends on."""
-        digest = self._digest(asdict(method), num_removed)
+        options = asdict(method)
+        if method.baseline is not None:  # no other option concerns it
+            options = {"name": method.name, "baseline": method.baseline}
+        digest = self._digest(options, num_removed)
         title = "".join(c if c.isalnum() else "_" for c in method.title)
         return self.run_dir / "cells" / f"{title}-{num_removed}-{digest}.json"
 
