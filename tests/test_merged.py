@@ -23,9 +23,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lmerge.align import Orders
 from lmerge.alpha_files import read_alphas, write_alphas
 from lmerge.alphas import AlphaConfig, Granularity
+from lmerge.axes import FOLDS_INTO
+from lmerge.frames import members_in_one_frame
 from lmerge.groups import align_members
 from lmerge.llama import (
-    FOLDS_INTO,
     MATRICES,
     HeadSpec,
     by_path,
@@ -34,7 +35,7 @@ from lmerge.llama import (
     num_layers,
     with_tensors,
 )
-from lmerge.merged import MergedLayer, MergedLlama, members_in_one_frame
+from lmerge.merged import MergedLayer, MergedLlama
 from lmerge.neurons import reorder_neurons
 from lmerge.plan import Group, MergePlan
 from lmerge.source import load_model
