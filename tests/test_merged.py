@@ -317,6 +317,8 @@ def test_the_source_stays_as_it_was(name: str) -> None:
 )
 def test_weights_are_formed_anew_after_a_step_of_any_optimizer(optimizer: str) -> None:
     name, _, kind = optimizer.partition("-")
+    if not hasattr(torch.optim, name):
+        pytest.skip("newer than this torch")
     merged = merge(tiny_model(), config=AlphaConfig(start="uniform"))
     old = logits(merged.causal_lm)
     parameters = list(merged.alpha_parameters().values())
