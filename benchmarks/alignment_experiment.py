@@ -36,6 +36,7 @@ from lmerge.data.prompts import build_choice_batches
 from lmerge.data.questions import load_questions
 from lmerge.data.records import ChoiceBatch
 from lmerge.data.text import read_text, token_blocks
+from lmerge.frames import members_in_one_frame
 from lmerge.groups import align_members
 from lmerge.llama import (
     decoder_layers,
@@ -48,7 +49,7 @@ from lmerge.llama import (
     stack_layers,
 )
 from lmerge.losses import LossConfig
-from lmerge.merged import MergedLlama, members_in_one_frame
+from lmerge.merged import MergedLlama
 from lmerge.objective import Objective
 from lmerge.plan import Group, MergePlan
 from lmerge.prefix import PrefixCache

@@ -18,6 +18,7 @@ from lmerge.data.records import ChoiceBatch
 from lmerge.data.text import read_text, token_blocks
 from lmerge.divergence import Targets, source_targets
 from lmerge.files import read_tensors, write_tensors
+from lmerge.frames import members_in_one_frame
 from lmerge.groups import align_members
 from lmerge.information import InformationConfig
 from lmerge.llama import (
@@ -32,7 +33,7 @@ from lmerge.llama import (
     run_span,
     span,
 )
-from lmerge.merged import MergedLlama, members_in_one_frame
+from lmerge.merged import MergedLlama
 from lmerge.plan import MergePlan, make_plan
 from lmerge.preparation import similarity_by_domain
 from lmerge.progress import track

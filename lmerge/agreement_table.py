@@ -11,6 +11,23 @@ from typing import Any, NamedTuple
 from lmerge.agreement import Agreement
 from lmerge.similarity import Measure
 from lmerge.statistics import Interval
+from lmerge.tables import markdown_table, print_columns
+
+HEADING = [
+    "measure",
+    "a",
+    "b",
+    "Pearson, full",
+    "Spearman, full",
+    "Pearson, off-diagonal",
+    "95%",
+    "Spearman, off-diagonal",
+    "halves",
+    "halves, within",
+    "undefined",
+]
+PRINTED = [*HEADING[:3], *HEADING[5:8], *HEADING[10:]]
+"""What a terminal shows: not the published correlations, which include the constant diagonal."""
 
 
 class Row(NamedTuple):
@@ -54,13 +71,9 @@ def table_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def table_markdown(rows: Sequence[Row]) -> str:
-    """Return the correlations as a Markdown table."""
-    head = (
-        "measure | a | b | Pearson, full | Spearman, full | Pearson, off-diagonal | 95% | "
-        "Spearman, off-diagonal | halves | halves, within | undefined"
-    )
-    lines = [f"| {head} |", "|" + "---|" * 11]
+def columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Return heading and cells of the table for people."""
+    lines = []
     for row in rows:
         found = row.agreement
         between = "-" if row.interval is None else "{:.3f} to {:.3f}".format(*row.interval)
@@ -68,8 +81,25 @@ def table_markdown(rows: Sequence[Row]) -> str:
         cells += [_show(found.pearson_full), _show(found.spearman_full)]
         cells += [_show(found.pearson_upper), between, _show(found.spearman_upper)]
         cells += [_show(row.half), _show(row.half_within), str(found.num_undefined)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return HEADING, lines
+
+
+def table_markdown(rows: Sequence[Row]) -> str:
+    """Return the correlations as a Markdown table."""
+    return markdown_table(*columns(rows)) + "\n"
+
+
+def print_agreements(rows: Sequence[Row]) -> None:
+    """Print the correlations off the diagonal, with their intervals; the files hold the rest."""
+    heading, lines = columns(rows)
+    shown = [heading.index(name) for name in PRINTED]
+    print_columns(
+        "Agreement of layer similarities",
+        [heading[i] for i in shown],
+        [[line[i] for i in shown] for line in lines],
+        num_keys=3,
+    )
 
 
 def _show(value: float | None) -> str:

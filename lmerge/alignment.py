@@ -16,9 +16,9 @@ from torch import Tensor
 from lmerge.activations import neuron_activations
 from lmerge.align import BY_ACTIVATIONS, WITHOUT_ORDER, Aligner, Orders, Reference, move
 from lmerge.alignment_jobs import Method, Task, align_tasks
+from lmerge.frames import members_in_one_frame
 from lmerge.groups import is_joint
 from lmerge.llama import LayerTensors, decoder_layers, head_spec, layer_tensors
-from lmerge.merged import members_in_one_frame
 from lmerge.module import AlphaModule
 from lmerge.neurons import matched_similarity, matrix_similarity
 from lmerge.plan import Group

@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lmerge.llama import ALPHA_AXIS, MATRICES, LayerTensors
+from lmerge.axes import ALPHA_AXIS
+from lmerge.llama import MATRICES, LayerTensors
 from lmerge.plan import Group
 
 Granularity = Literal["layer", "tensor", "head", "neuron"]

@@ -13,6 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
+from lmerge.units import size
+
 PIECE = 4 * 2**20
 """Bytes read or written at once."""
 
@@ -114,6 +116,6 @@ def check_room(path: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < num_bytes:
         raise ValueError(
-            f"{path} needs {num_bytes / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB free. "
+            f"{path} needs {size(num_bytes)}, but its disk has {size(free)} free. "
             "Make room, or choose a path on another disk."
         )

@@ -19,7 +19,7 @@ from lmerge.commands import (
     closest_command,
     help_text,
 )
-from lmerge.verbosity import set_up_logging, speaking, take_flags, verbosity
+from lmerge.verbosity import quiet_lightning, set_up_logging, speaking, take_flags, verbosity
 
 INTERRUPTED = 130
 
@@ -53,11 +53,13 @@ def run(args: list[str]) -> object:
     for path in paths:
         check_yaml(path)
     target = COMMANDS[args[0]].target
+    function = _function(target)
+    quiet_lightning()
     if target == LIGHTNING:
-        return _function(target)(args)
+        return function(args)
     from lmerge.parser import run_function
 
-    return run_function(args[0], _function(target), args[1:])
+    return run_function(args[0], function, args[1:])
 
 
 def _function(target: str) -> Any:

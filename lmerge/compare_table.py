@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from lmerge.figures import save
 from lmerge.files import write_json, write_text
 from lmerge.statistics import mcnemar_exact, paired_bootstrap
+from lmerge.tables import markdown_table, print_columns
 
 SCHEMA = 1
 
@@ -142,7 +140,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
     parts = []
     for num_removed in dict.fromkeys(row["removed"] for row in rows):
         chosen = [row for row in rows if row["removed"] == num_removed]
-        parts.append(f"## {num_removed} layers removed\n\n" + _markdown_table(chosen))
+        parts.append(f"## {num_removed} layers removed\n\n" + markdown_table(*columns(chosen)))
     return "\n\n".join(parts) + "\n"
 
 
@@ -187,24 +185,10 @@ def _test(row: Row) -> str:
     return f"{difference:+.3f} [{low:+.3f}, {high:+.3f}] to {row['against']}"
 
 
-def _markdown_table(rows: Sequence[Row]) -> str:
-    heading, lines = columns(rows)
-    table = [heading, ["---"] * len(heading), *lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in table)
-
-
 def _print(rows: Sequence[Row]) -> None:
     for num_removed in dict.fromkeys(row["removed"] for row in rows):
-        heading, lines = columns([row for row in rows if row["removed"] == num_removed])
-        table = Table(
-            title=f"{num_removed} layers removed: loss above the source (nats/token)",
-            title_justify="left",
-        )
-        for name in heading:
-            table.add_column(escape(name), justify="left" if name == "method" else "right")
-        for line in lines:
-            table.add_row(*map(escape, line))
-        Console().print(table)
+        title = f"{num_removed} layers removed: loss above the source (nats/token)"
+        print_columns(title, *columns([row for row in rows if row["removed"] == num_removed]))
 
 
 def pareto_figure(cells: Sequence[Cell]) -> Figure:

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from lmerge.files import read_json
 from lmerge.results import SCHEMA
 from lmerge.statistics import mcnemar_exact, paired_bootstrap
+from lmerge.tables import print_columns
 
 Stage = Literal["validate", "test"]
 
@@ -33,12 +33,7 @@ def diff(run_a: Path, run_b: Path, stage: Stage | None = None) -> None:
     read = [read_json(run / "metrics.json", schema=SCHEMA) for run in (run_a, run_b)]
     stage = stage or ("test" if all("test" in data for data in read) else "validate")
     a, b = (stage_results(data, run, stage) for data, run in zip(read, (run_a, run_b), strict=True))
-    table = Table(title=escape(f"{stage}: {run_a} (A) minus {run_b} (B)"), title_justify="left")
-    for name in HEAD:
-        table.add_column(name, justify="left" if name == "" else "right")
-    for row in compare_runs(a, b):
-        table.add_row(*map(escape, row))
-    Console().print(table)
+    print_columns(f"{stage}: {run_a} (A) minus {run_b} (B)", HEAD, compare_runs(a, b))
     for line in [*left_out(a, b), *other_settings(a, b)]:
         Console().print(escape(line))
 

@@ -111,10 +111,3 @@ def _repair_seconds(model: PreTrainedModel, work: Work, per_layer: float) -> flo
         pool = min((work.num_removed + 1) * neurons, room_of(neurons))
         tokens += (TOKENS * pool**2 + 3 * pool**3) / weights  # products, and factors in float64
     return float(tokens * per_layer)
-
-
-def duration(seconds: float) -> str:
-    """Return a duration for people."""
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} seconds"
-    return f"{seconds / 60:.0f} minutes"

@@ -57,18 +57,7 @@ def export(
     """
     state = finished_state(run)
     settings = run_settings(run)
-    name = source or settings.get("model", {}).get("source")
-    if not isinstance(name, str):
-        raise ValueError(
-            f"{run / 'config.yaml'} must say where the source lies (`model.source`), got "
-            f"{name!r}. Give `--source`."
-        )
-    made_in: Dtype = settings.get("model", {}).get("dtype", "auto")
-    if made_in not in get_args(Dtype):
-        raise ValueError(
-            f"{run / 'config.yaml'}: `model.dtype` must be one of {', '.join(get_args(Dtype))}, "
-            f"got {made_in!r}. Correct it."
-        )
+    name, made_in = _made_from(run, settings, source)
     folder = checkpoint_folder(name, weights=True)
     merge = StreamedMerge(folder, state, dtype=made_in, out_dtype=dtype, path=run / "plan.json")
     origin = resolve_source(name)
@@ -104,6 +93,23 @@ def export(
     logger.info("exported to %s", out)
     if check:
         _check(out, name, made_in, state, merge.out_dtype)
+
+
+def _made_from(run: Path, settings: dict[str, Any], source: str | None) -> tuple[str, Dtype]:
+    """Return where a run's source lies, and the dtype that the run was made in."""
+    name = source or settings.get("model", {}).get("source")
+    if not isinstance(name, str):
+        raise ValueError(
+            f"{run / 'config.yaml'} must say where the source lies (`model.source`), got "
+            f"{name!r}. Give `--source`."
+        )
+    made_in: Dtype = settings.get("model", {}).get("dtype", "auto")
+    if made_in not in get_args(Dtype):
+        raise ValueError(
+            f"{run / 'config.yaml'}: `model.dtype` must be one of {', '.join(get_args(Dtype))}, "
+            f"got {made_in!r}. Correct it."
+        )
+    return name, made_in
 
 
 def finished_state(run: Path) -> RunState:

@@ -27,7 +27,7 @@ from torch import nn
 from lmerge.alignment import HungarianAlignment
 from lmerge.callbacks import Artefacts, ExportCheckpoint, Repair
 from lmerge.data.module import MMLUDataModule
-from lmerge.estimate import Work, duration, estimate_seconds, measure_speed
+from lmerge.estimate import Work, estimate_seconds, measure_speed
 from lmerge.files import write_text
 from lmerge.gate import EXIT_CODE, GateConfig
 from lmerge.module import AlphaModule
@@ -36,6 +36,7 @@ from lmerge.planning import PlanningTrainer
 from lmerge.run_folder import prepare_run_dir, remove_run
 from lmerge.search import SEARCHES
 from lmerge.stopping import StopTogether
+from lmerge.units import duration
 from lmerge.verbosity import verbosity
 from lmerge.wandb_log import WandbMode, fit_logger
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmerge.llama import ALPHA_AXIS, COMPANION, FOLDS_INTO, MATRICES, LayerTensors
+from lmerge.axes import ALPHA_AXIS, COMPANION, FOLDS_INTO
+from lmerge.llama import MATRICES, LayerTensors
 
 SMALLEST_GAMMA = 1e-6
 """Anchor norm weights below this share of the largest are not divided by, see `reference_norms`."""

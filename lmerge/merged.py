@@ -13,66 +13,23 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from lmerge.align import Motion, Orders, move
+from lmerge.align import Orders
 from lmerge.alphas import AlphaConfig, Alphas, start_alphas, to_free, to_shares
+from lmerge.frames import framed_group
 from lmerge.llama import (
     MATRICES,
-    HeadSpec,
     LayerTensors,
     by_path,
     decoder_layers,
     head_dim,
-    head_spec,
     layer_tensors,
     num_layers,
-    stack_layers,
     with_layer_index,
     with_layers,
     with_tensors,
 )
-from lmerge.merge import fold_norms, merge_group, reference_norms
+from lmerge.merge import merge_group
 from lmerge.plan import Group, MergePlan
-from lmerge.soft import Blend
-from lmerge.symmetry import Transform
-
-
-def members_in_one_frame(
-    layers: Sequence[LayerTensors], orders: Sequence[Motion | None], anchor: int
-) -> list[LayerTensors]:
-    """Return a group's members with the anchor's norms, moved as the alignment found."""
-    norms = reference_norms(layers[anchor])
-    folded = [fold_norms(layer, norms) for layer in layers]
-    return [move(layer, motion) for layer, motion in zip(folded, orders, strict=True)]
-
-
-def check_motion(
-    layer: int, motion: Motion, shapes: Mapping[str, tuple[int, ...]], spec: HeadSpec
-) -> None:
-    """Raise ValueError when the motion of a layer has not the sizes of the layer's matrices.
-
-    Args:
-        layer: Number of the source layer.
-        motion: Its motion.
-        shapes: Shape of each of the seven matrices.
-        spec: How its attention is cut into heads.
-    """
-    num_neurons = shapes["gate_proj"][0]
-    if isinstance(motion, Tensor):
-        found, wanted = [len(motion)], [num_neurons]
-    elif isinstance(motion, Blend):
-        found, wanted = list(motion.signed_FF.shape), [num_neurons, num_neurons]
-    elif isinstance(motion, Transform):
-        found = [len(motion.neuron_F), *motion.head_KR.shape, motion.value_KCC.shape[-1]]
-        per_group = spec.num_heads // spec.num_kv_heads
-        wanted = [num_neurons, spec.num_kv_heads, per_group, spec.head_dim]
-    else:
-        found = [len(order_O) for order_O in motion.values()]
-        wanted = [shapes[name][0] for name in motion]
-    if found != wanted:
-        raise ValueError(
-            f"orders.safetensors must move layer {layer} of the source by sizes {wanted}, got "
-            f"{found}. Use the files of one run, or align again."
-        )
 
 
 class MergedLayer(nn.Module):
@@ -324,17 +281,7 @@ def _merged_layer(
     config: AlphaConfig,
     similarity_LL: Tensor | None,
 ) -> MergedLayer:
-    layers = [layer_tensors(decoder_layers(source)[i]) for i in group.members]
-    shapes = {name: tuple(layers[0][name].shape) for name in MATRICES}
-    for i in group.members:
-        if i in orders:
-            check_motion(i, orders[i], shapes, head_spec(source.config))
-    members = members_in_one_frame(
-        layers,
-        [orders.get(i) for i in group.members],
-        group.anchor_position,
-    )
-    stacked = stack_layers(members)
+    stacked = framed_group(source, group, orders)
     alphas = start_alphas(
         config,
         stacked,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from lmerge.activations import Pooling
 from lmerge.alphas import NEEDS_SIMILARITY, AlphaConfig
 from lmerge.cache import StateCache, keep_states
 from lmerge.checkpoints import checkpoint_state
+from lmerge.good_alphas import GoodAlphas, check_alphas_finite
 from lmerge.information import InformationConfig
 from lmerge.kept import kept_plan
 from lmerge.llama import num_layers
@@ -42,8 +42,6 @@ from lmerge.sharding import shard_layers
 from lmerge.side_by_side import SideBySide
 from lmerge.similarity import Measure
 from lmerge.source import Dtype, load_model, model_fingerprint
-
-logger = logging.getLogger(__name__)
 
 
 class AlphaModule(SideBySide):
@@ -126,7 +124,7 @@ class AlphaModule(SideBySide):
         self._ready = False
         self._cache: StateCache | None = None
         self._objective: Objective | None = None
-        self._good: list[Tensor] = []
+        self._good = GoodAlphas()
 
     # Preparation: source, plan, then (in the callback) orders.
 
@@ -216,11 +214,7 @@ class AlphaModule(SideBySide):
             self.merged.set_alphas(state.alphas)
         self.merged.set_refits(state.refits, state.kept_refits)
         if self.device_mesh is not None:
-            held = shard_layers(self.source, self.merged, self.device_mesh)
-            if self.trainer.is_global_zero:
-                message = "layers split over %d processes: %.1f of %.1f MB on each"
-                sizes = (bytes_ / 1e6 for bytes_ in held)
-                logger.info(message, self.device_mesh["data_parallel"].size(), *sizes)
+            shard_layers(self.source, self.merged, self.device_mesh)
 
     # Training.
 
@@ -274,13 +268,8 @@ class AlphaModule(SideBySide):
             self.log(
                 f"train/{name}", value, prog_bar=name == "loss", batch_size=len(batch["index"])
             )
-        if not parts["loss"].isfinite():
-            raise ValueError(
-                f"the loss must be finite, got {parts['loss'].item()} in step {self.global_step}. "
-                "The last good alphas are kept in alphas.json; lower the learning rate."
-            )
-        # On the device: a copy to the CPU would wait for it in every step.
-        self._good = [p.detach().clone() for p in self.merged.alpha_parameters().values()]
+        self._good.check(parts["loss"], self.global_step)
+        self._good.keep(self.merged.alpha_parameters().values())
         return parts["loss"] * batch["share"]
 
     def on_after_backward(self) -> None:
@@ -292,19 +281,10 @@ class AlphaModule(SideBySide):
 
     def restore_good(self) -> bool:
         """Go back to the last alphas with a finite loss; returns whether there are any."""
-        if not self._good:
-            return False
-        parameters = self.merged.alpha_parameters().values()
-        for parameter, good in zip(parameters, self._good, strict=True):
-            parameter.data.copy_(good)
-        return True
+        return self._good.restore(self.merged.alpha_parameters().values())
 
     def on_train_epoch_end(self) -> None:
-        for parameter in self.merged.alpha_parameters().values():
-            if not parameter.isfinite().all():
-                raise ValueError(
-                    "the alphas became NaN or infinite in training. Lower the learning rate."
-                )
+        check_alphas_finite(self.merged.alpha_parameters().values())
 
     # Checkpoints: alphas, plan and orders, not the frozen weights.
 

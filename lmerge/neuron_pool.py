@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from lmerge.axes import NEURON_AXIS
 from lmerge.llama import (
-    NEURON_AXIS,
     LayerTensors,
     capture_input,
     decoder_layers,

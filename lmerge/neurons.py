@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lmerge.llama import MATRICES, NEURON_AXIS, LayerTensors
+from lmerge.axes import NEURON_AXIS
+from lmerge.llama import MATRICES, LayerTensors
 
 BLOCK = 1024
 """Neurons of the anchor whose similarities are formed together."""

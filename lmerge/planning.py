@@ -21,6 +21,7 @@ from lmerge.plan import MergePlan, check_num_removed
 from lmerge.runs import read_plan, write_plan
 from lmerge.search import SEARCHES
 from lmerge.source import load_config
+from lmerge.tables import print_columns
 
 TITLES: dict[Setup, str] = {
     "cpu": "CPU, 1 process",
@@ -88,18 +89,14 @@ def print_memory(
         f"{model.source_name}: expected memory of a process in GiB; groups of "
         f"{', '.join(map(str, job.group_sizes))} layers from layer {job.first_merged} on"
     )
-    table = Table(title=escape(title), title_justify="left")
-    table.add_column("")
-    for setup in SETUPS:
-        table.add_column(TITLES[setup].format(num_processes), justify="right")
+    lines, peaks = [], list(found["cpu"]).index(PEAKS[0])
     for name in found["cpu"]:
-        if name == PEAKS[0]:
-            table.add_section()
         label = {"host": "memory of the host, a process"}.get(name, name)
         label = f"peak: {name}" if name in PEAKS[:5] else label
         cells = (found[setup][name] for setup in SETUPS)
-        table.add_row(label, *(f"{cell / 2**30:.2f}" if cell else "" for cell in cells))
-    Console(width=110).print(table)
+        lines.append([label, *(f"{cell / 2**30:.2f}" if cell else "" for cell in cells)])
+    heading = ["", *(TITLES[setup].format(num_processes) for setup in SETUPS)]
+    print_columns(title, heading, lines, sections=[peaks])
 
 
 def job_of(

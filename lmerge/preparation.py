@@ -15,9 +15,9 @@ from lmerge.alpha_files import load_alphas, plan_of_alphas
 from lmerge.alphas import AlphaConfig, Alphas, spread, to_free
 from lmerge.checkpoints import read_checkpoint
 from lmerge.data.module import MMLUDataModule
+from lmerge.frames import check_motion
 from lmerge.information import InformationConfig
 from lmerge.llama import MATRICES, decoder_layers, head_dim, head_spec, layer_tensors, num_layers
-from lmerge.merged import check_motion
 from lmerge.plan import PLAN_METHODS, MergePlan, PlanMethod, check_plan, make_plan
 from lmerge.runs import RunState, read_plan, read_run, with_refits_of
 from lmerge.search import Candidate, SearchMethod, search_plan

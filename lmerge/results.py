@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lmerge.files import provenance, read_json, write_json
+from lmerge.units import size
 
 SCHEMA = 1
 
@@ -190,15 +191,6 @@ def shorten(text: str, width: int) -> str:
     """Return the start of a text on one line."""
     line = " ".join(text.split())
     return line if len(line) <= width else f"{line[: width - 3]}..."
-
-
-def size(num_bytes: float) -> str:
-    """Return a number of bytes for people, in units of 1024."""
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.2f} GiB"
 
 
 COST_ROWS = (

@@ -6,7 +6,7 @@ communicate, and processes may differ in how many logits they look at.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import logging
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -16,6 +16,9 @@ from transformers import PreTrainedModel
 
 from lmerge.llama import decoder_layers
 from lmerge.merged import MergedLayer, MergedLlama
+from lmerge.units import size
+
+logger = logging.getLogger(__name__)
 
 HOOKS = (
     "_forward_pre_hooks",
@@ -26,16 +29,7 @@ HOOKS = (
 )
 
 
-class Held(NamedTuple):
-    """Bytes of the layers of both models."""
-
-    here: int
-    """On this process."""
-    all: int
-    """On all of them together."""
-
-
-def shard_layers(source: PreTrainedModel, merged: MergedLlama, mesh: DeviceMesh) -> Held:
+def shard_layers(source: PreTrainedModel, merged: MergedLlama, mesh: DeviceMesh) -> None:
     """Split the layers of both models over the processes, in place.
 
     A layer is put together from all processes when it runs, and taken apart afterwards. Layers
@@ -66,7 +60,10 @@ def shard_layers(source: PreTrainedModel, merged: MergedLlama, mesh: DeviceMesh)
         else:
             _follow(layer, shared[origin])
     weights = {*shared.parameters(), *decoder_layers(merged.causal_lm).parameters()}
-    return Held(sum(_local(w).nbytes for w in weights), sum(w.nbytes for w in weights))
+    here, everywhere = sum(_local(w).nbytes for w in weights), sum(w.nbytes for w in weights)
+    if mesh.get_local_rank() == 0:
+        message = "layers split over %d processes: %s of %s on each"
+        logger.info(message, mesh.size(), size(here), size(everywhere))
 
 
 def _follow(layer: nn.Module, origin: nn.Module) -> None:

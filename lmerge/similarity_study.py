@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import get_args
 
 import numpy as np
-from rich.console import Console
 from torch import Tensor
 
 from lmerge.activations import Pooling
@@ -22,7 +21,7 @@ from lmerge.agreement import (
     split_half,
     upper_pearson,
 )
-from lmerge.agreement_table import Row, as_record, table_csv, table_markdown
+from lmerge.agreement_table import Row, as_record, print_agreements, table_csv, table_markdown
 from lmerge.data.batching import sample_prompts
 from lmerge.data.questions import fingerprint, load_questions, resolve_domains
 from lmerge.figures import save, similarity_figure
@@ -33,6 +32,9 @@ from lmerge.progress import track
 from lmerge.similarity import Measure, similarity_matrix
 from lmerge.similarity_states import group_states
 from lmerge.source import Dtype, load_tokenizer
+from lmerge.wandb_log import WandbMode
+from lmerge.wandb_studies import log_agreements
+from lmerge.wandb_tables import wandb_run
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +66,7 @@ def run_similarity(
     dtype: Dtype = "auto",
     seed: int = 0,
     overwrite: bool = False,
+    wandb: WandbMode = "disabled",
 ) -> None:
     """Compare the layer similarity of domains and languages, with intervals over prompts.
 
@@ -89,9 +92,12 @@ def run_similarity(
         dtype: Dtype of the weights; `auto` keeps the checkpoint's (float32 where streamed).
         seed: Seed of the samples; at least 0.
         overwrite: Whether an earlier result in `out_dir` may be replaced.
+        wandb: Whether W&B gets table and figures: `offline` writes files in `out_dir`, `online`
+            sends them.
     """
     settings = {**locals(), "information": asdict(information)}
-    del settings["out_dir"], settings["overwrite"], settings["states_path"]
+    for name in ("out_dir", "overwrite", "states_path", "wandb"):
+        del settings[name]
     _check(measures, num_prompts=num_prompts, num_bootstrap=num_bootstrap, seed=seed)
     _check_folder(out_dir, overwrite=overwrite)
     prompts, texts_fingerprint = _prompts(
@@ -101,10 +107,12 @@ def run_similarity(
         states, model = group_states(
             source, prompts, pooling, dtype, streamed=streamed, path=states_path
         )
-        rows, undefined = [], {}
+        rows, undefined, figures = [], {}, {}
         for measure in measures:
             matrices = _write_matrices(folder, states, measure, information)
             undefined[measure] = {n: int((~m.isfinite()).sum()) for n, m in matrices.items()}
+            figures[measure] = similarity_figure(matrices, measure)
+            save(figures[measure], folder / f"{measure}.png")
             rows += _rows(states, matrices, measure, information, num_bootstrap, seed)
         write_text(folder / "correlations.csv", table_csv(rows))
         write_text(folder / "correlations.md", table_markdown(rows))
@@ -118,7 +126,11 @@ def run_similarity(
             "provenance": provenance(),
         }
         write_json(folder / RESULT, data, schema=SCHEMA)
-    Console(soft_wrap=True).print(table_markdown(rows), markup=False, highlight=False)
+    print_agreements(rows)
+    group = Path(source).name
+    with wandb_run(wandb, out_dir, f"{group} similarity", "similarity", group) as run:
+        if run is not None:
+            log_agreements(run, rows, figures)
 
 
 def _check(measures: Sequence[Measure], **numbers: int) -> None:
@@ -193,7 +205,6 @@ def _write_matrices(
         path = folder / measure / f"{name.replace('/', '-')}.npy"
         path.parent.mkdir(exist_ok=True)
         np.save(path, matrix_LL.numpy(), allow_pickle=False)
-    save(similarity_figure(matrices, measure), folder / f"{measure}.png")
     return matrices
 
 

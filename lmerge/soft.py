@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lmerge.llama import NEURON_AXIS, NEURON_SCALE, LayerTensors
+from lmerge.axes import NEURON_AXIS, NEURON_SCALE
+from lmerge.llama import LayerTensors
 from lmerge.neurons import neuron_rows
 
 TEMPERATURE = 0.02

@@ -12,19 +12,12 @@ from transformers import PretrainedConfig
 
 from lmerge.align import move
 from lmerge.alphas import Alphas
+from lmerge.axes import ALPHA_AXIS
 from lmerge.big_files import pieces
 from lmerge.checkpoint import loading
-from lmerge.llama import (
-    ALPHA_AXIS,
-    MATRICES,
-    PATHS,
-    LayerTensors,
-    config_with_layers,
-    head_spec,
-    stack_layers,
-)
+from lmerge.frames import check_motion
+from lmerge.llama import MATRICES, PATHS, LayerTensors, config_with_layers, head_spec, stack_layers
 from lmerge.merge import expand_alpha, fold_norms, merge_vectors, reference_norms, weighted_sum
-from lmerge.merged import check_motion
 from lmerge.plan import Group, check_plan
 from lmerge.runs import RunState
 from lmerge.shards import Content, Shape, Stored, stored_tensors

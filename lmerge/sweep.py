@@ -34,6 +34,7 @@ from lmerge.trials import (
     sign,
     to_stop,
 )
+from lmerge.units import duration
 from lmerge.wandb_log import WandbMode
 from lmerge.wandb_tables import log_trials, sweep_title, wandb_run
 
@@ -221,7 +222,8 @@ class Runner:
         write_results(self.folder, self.config, self.trials)
         shown = trial.error if trial.state == "failed" else f"{trial.metric:.6g}"
         self.console.print(
-            f"trial {trial.index} {trial.state} in {trial.seconds:.0f} s: {shown}", markup=False
+            f"trial {trial.index} {trial.state} in {duration(trial.seconds)}: {shown}",
+            markup=False,
         )
 
     def _report(self) -> list[Trial]:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from lmerge.files import provenance, read_json, write_json, write_text
 from lmerge.trials import SweepConfig, Trial, metric_name, short_names, sign
+from lmerge.units import duration
 
 SCHEMA = 1
 
@@ -50,7 +51,7 @@ def _cell(value: str) -> str:
 def results_table(config: SweepConfig, trials: Sequence[Trial], count: int, jobs: int) -> Table:
     """Return the trials, the best first, under a line that says how far the sweep is."""
     table = Table(title=_progress(trials, count, jobs), title_justify="left")
-    for name in ("trial", metric_name(config), "state", "seconds", "values"):
+    for name in ("trial", metric_name(config), "state", "time", "values"):
         table.add_column(name)
 
     def rank(trial: Trial) -> float:
@@ -61,7 +62,7 @@ def results_table(config: SweepConfig, trials: Sequence[Trial], count: int, jobs
         metric = "" if trial.metric is None else f"{trial.metric:.6g}"
         short = short_names(trial.params)
         values = ", ".join(f"{short[key]} {_shown(v)}" for key, v in trial.params.items())
-        table.add_row(str(trial.index), metric, trial.state, f"{trial.seconds:.0f}", values)
+        table.add_row(str(trial.index), metric, trial.state, duration(trial.seconds), values)
     return table
 
 
@@ -75,7 +76,5 @@ def _progress(trials: Sequence[Trial], count: int, jobs: int) -> str:
     left = max(0, count - len(ended))
     if not ended or not left:
         return text
-    minutes = left / jobs * sum(trial.seconds for trial in ended) / len(ended) / 60
-    return (
-        f"{text}; at most {minutes:.0f} min left" if minutes >= 1 else f"{text}; under 1 min left"
-    )
+    seconds = left / jobs * sum(trial.seconds for trial in ended) / len(ended)
+    return f"{text}; at most {duration(seconds)} left"

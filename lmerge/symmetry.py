@@ -12,16 +12,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from lmerge.llama import (
-    GROUP_AXIS,
-    NEURON_AXIS,
-    NEURON_SCALE,
-    QUERY_AXIS,
-    ROTARY_SCALE,
-    VALUE_BASIS,
-    HeadSpec,
-    LayerTensors,
-)
+from lmerge.axes import GROUP_AXIS, NEURON_AXIS, NEURON_SCALE, QUERY_AXIS, ROTARY_SCALE, VALUE_BASIS
+from lmerge.llama import HeadSpec, LayerTensors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from filelock import FileLock, Timeout
-from rich.console import Console
+from matplotlib.figure import Figure
 
 from lmerge.activations import Pooling
 from lmerge.data.batching import context_length
@@ -23,18 +23,24 @@ from lmerge.plan import check_num_removed
 from lmerge.search import SearchMethod
 from lmerge.similarity import Measure
 from lmerge.source import Dtype, load_model, load_tokenizer, model_fingerprint
+from lmerge.tables import print_columns
 from lmerge.transfer import Rule
 from lmerge.transfer_cells import Study
 from lmerge.transfer_data import CalibrationSplit, EvalSplit, domain_texts, read_sides
 from lmerge.transfer_table import (
     Refitted,
+    Row,
+    Summary,
     figure_panels,
     row_record,
     summaries,
-    summary_table,
+    summary_columns,
     transfer_markdown,
     transfer_rows,
 )
+from lmerge.wandb_log import WandbMode
+from lmerge.wandb_studies import log_transfer
+from lmerge.wandb_tables import wandb_run
 
 SCHEMA = 1
 RESULT = "transfer.json"
@@ -74,6 +80,7 @@ def run_transfer(
     dtype: Dtype = "auto",
     seed: int = 0,
     overwrite: bool = False,
+    wandb: WandbMode = "disabled",
 ) -> None:
     """Measure on every domain the plans made on every other; a second call goes on where one ended.
 
@@ -108,19 +115,13 @@ def run_transfer(
         dtype: Dtype of the weights; `auto` keeps the checkpoint's.
         seed: Seed of the samples; at least 0.
         overwrite: Whether cells of other settings in `out_dir` may be deleted.
+        wandb: Whether W&B gets tables, chart and figure: `offline` writes files in `out_dir`,
+            `online` sends them.
     """
     settings = {**locals(), "information": asdict(information)}
-    del settings["out_dir"], settings["overwrite"]
+    del settings["out_dir"], settings["overwrite"], settings["wandb"]
     _check(settings)
-    kept = {
-        domain: languages if translated is None or domain in translated else languages[:1]
-        for domain in domains
-    }
-    if sum(len(set(codes)) for codes in kept.values()) < 2:
-        raise ValueError(
-            f"`domains` must give at least two groups with their `languages`, got {domains} in "
-            f"{languages}. Add a domain or a language."
-        )
+    kept = _kept_languages(domains, languages, translated)
     sides = read_sides(
         questions,
         domains,
@@ -155,7 +156,31 @@ def run_transfer(
         study = Study(model, texts, out_dir, information, pooling)
         study.make_plans(rules, num_removed)
         study.measure(refits)
-        _report(study, made_of, refits, seed)
+        rows, lines, figure = _report(study, made_of, refits, seed)
+    group = Path(source).name
+    with wandb_run(wandb, out_dir, f"{group} transfer", "transfer", group) as run:
+        if run is not None:
+            log_transfer(run, rows, lines, figure)
+
+
+def _kept_languages(
+    domains: Sequence[str], languages: Sequence[str], translated: Sequence[str] | None
+) -> dict[str, Sequence[str]]:
+    """Return the languages of each domain.
+
+    Raises:
+        ValueError: When they give fewer than two groups.
+    """
+    kept = {
+        domain: languages if translated is None or domain in translated else languages[:1]
+        for domain in domains
+    }
+    if sum(len(set(codes)) for codes in kept.values()) < 2:
+        raise ValueError(
+            f"`domains` must give at least two groups with their `languages`, got {domains} in "
+            f"{languages}. Add a domain or a language."
+        )
+    return kept
 
 
 def _check(settings: Mapping[str, Any]) -> None:
@@ -221,15 +246,16 @@ def _folder(out_dir: Path, made_of: Mapping[str, Any], *, overwrite: bool) -> It
 
 def _report(
     study: Study, made_of: Mapping[str, Any], refits: Sequence[Refitted], seed: int
-) -> None:
-    """Write the tables and the figure, and print the summary."""
+) -> tuple[list[Row], list[Summary], Figure]:
+    """Write the tables and the figure, print the summary, and return all three."""
     out_dir = study.folder
     rows = transfer_rows(
         study.plans, study.models, study.source_nats, study.tokens, refits=refits, seed=seed
     )
     lines = summaries(rows, study.plans, study.models, study.tokens, seed=seed)
     write_text(out_dir / "transfer.md", transfer_markdown(rows, lines))
-    save(transfer_figure(figure_panels(rows)), out_dir / "transfer.png")
+    figure = transfer_figure(figure_panels(rows))
+    save(figure, out_dir / "transfer.png")
     data = {
         **made_of,
         "num_tokens": {"calibration": study.num_tokens, "measured": study.measured_tokens()},
@@ -238,4 +264,6 @@ def _report(
         "provenance": provenance(),
     }
     write_json(out_dir / RESULT, json.loads(json.dumps(data)), schema=SCHEMA)
-    Console(soft_wrap=True).print(summary_table(lines), markup=False, highlight=False)
+    title = "Loss above the source (nats/token)"
+    print_columns(title, *summary_columns(lines), num_keys=3)
+    return rows, lines, figure

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lmerge.statistics import Difference, Interval, paired_bootstrap, stratified_bootstrap
+from lmerge.tables import markdown_table
 from lmerge.transfer import MIXED, Groups, Rule
 
 Refitted = Literal["own", "mixed"]
@@ -169,7 +170,7 @@ def row_record(row: Row) -> dict[str, Any]:
 
 def transfer_markdown(rows: Sequence[Row], lines: Sequence[Summary]) -> str:
     """Return the summary and one table for each rule, number of layers and refit."""
-    parts = [summary_table(lines)]
+    parts = [markdown_table(*summary_columns(lines)) + "\n"]
     for rule, num_removed, refit in dict.fromkeys((r.rule, r.num_removed, r.refit) for r in rows):
         chosen = [row for row in rows if row[:3] == (rule, num_removed, refit)]
         text = "the plan's domain" if refit == "own" else "all domains alike"
@@ -178,27 +179,28 @@ def transfer_markdown(rows: Sequence[Row], lines: Sequence[Summary]) -> str:
     return "\n".join(parts)
 
 
-def summary_table(lines: Sequence[Summary]) -> str:
-    """Return one line for each rule, number of layers and refit as a Markdown table."""
-    head = (
-        "| plan by | removed | refit on | different plans | increase at home | elsewhere | "
-        "a foreign plan costs (95%) |"
-    )
-    body = [
-        f"| {x.rule} | {x.num_removed} | {x.refit} | {x.num_plans} | {x.home:.3f} | {x.away:.3f} | "
-        f"{x.regret:+.3f} [{x.interval.low:+.3f}, {x.interval.high:+.3f}] |"
+def summary_columns(lines: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
+    """Return heading and cells of a table with one line for each rule, number and refit."""
+    heading = ["plan by", "removed", "refit on", "different plans", "increase at home", "elsewhere"]
+    heading.append("a foreign plan costs (95%)")
+    cells = [
+        [
+            *(x.rule, str(x.num_removed), x.refit, str(x.num_plans)),
+            *(f"{x.home:.3f}", f"{x.away:.3f}"),
+            f"{x.regret:+.3f} [{x.interval.low:+.3f}, {x.interval.high:+.3f}]",
+        ]
         for x in lines
     ]
-    return "\n".join([head, "|---" * 7 + "|", *body]) + "\n"
+    return heading, cells
 
 
 def _table(rows: Sequence[Row]) -> str:
-    columns = list(dict.fromkeys(row.measured_on for row in rows))
-    lines = [f"| plan made on | block | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    heading = ["plan made on", "block", *dict.fromkeys(row.measured_on for row in rows)]
+    lines = []
     for name in dict.fromkeys(row.plan_from for row in rows):
         own = [row for row in rows if row.plan_from == name]
-        lines.append(f"| {name} | {own[0].groups} | {' | '.join(map(_cell, own))} |")
-    return "\n".join(lines) + "\n"
+        lines.append([name, own[0].groups, *map(_cell, own)])
+    return markdown_table(heading, lines) + "\n"
 
 
 def _cell(row: Row) -> str:

@@ -79,9 +79,15 @@ def set_up_logging() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     quiet = level == "quiet"
     logging.getLogger("lmerge").setLevel(logging.WARNING if quiet else logging.INFO)
-    for name in LOGGERS[1:]:
-        logging.getLogger(name).setLevel(logging.WARNING)
+    quiet_lightning()
     ignore_noise()
+
+
+def quiet_lightning() -> None:
+    """Let Lightning say no more than is asked for, and once; its import undoes that."""
+    logging.getLogger("lightning").handlers.clear()  # whose lines reach the root's handler too
+    for name in LOGGERS[1:] if verbosity() != "verbose" else ():
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def ignore_noise() -> None:

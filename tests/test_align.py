@@ -20,9 +20,10 @@ from lmerge.align import (
     match_neurons,
     move,
 )
+from lmerge.axes import NEURON_AXIS
 from lmerge.groups import align_members, joint_orders
 from lmerge.heads import head_similarity
-from lmerge.llama import MATRICES, NEURON_AXIS, HeadSpec, LayerTensors, head_spec, stack_layers
+from lmerge.llama import MATRICES, HeadSpec, LayerTensors, head_spec, stack_layers
 from lmerge.merge import merge_group
 from lmerge.neurons import (
     correlation,

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from lmerge.align import Pair, align, move
+from lmerge.frames import members_in_one_frame
 from lmerge.llama import (
     LayerTensors,
     decoder_layers,
@@ -26,7 +27,6 @@ from lmerge.llama import (
     with_tensors,
 )
 from lmerge.merge import fold_norms
-from lmerge.merged import members_in_one_frame
 from lmerge.symmetry import Transform, apply_transform, compose, identity
 
 Maker = Callable[..., PretrainedConfig]

@@ -16,7 +16,8 @@ from lmerge.alphas import (
     to_free,
     to_shares,
 )
-from lmerge.llama import ALPHA_AXIS, MATRICES, decoder_layers, head_dim, layer_tensors, stack_layers
+from lmerge.axes import ALPHA_AXIS
+from lmerge.llama import MATRICES, decoder_layers, head_dim, layer_tensors, stack_layers
 from lmerge.plan import Group
 
 GRANULARITIES = get_args(Granularity)

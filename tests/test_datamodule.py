@@ -293,6 +293,18 @@ def test_parts_of_one_file_that_overlap_are_not_calibrated_and_measured_on(
         )
 
 
+def test_parts_of_one_file_may_touch(small: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some words in a line\n" * 200)
+    for ours, theirs in (("[:80%]", "[80%:]"), ("[20%:]", "[:20%]")):
+        data = module(
+            "fit",
+            small,
+            calibration_text=f"{tmp_path}/a.txt{ours}",
+            eval_text=f"{tmp_path}/a.txt{theirs}",
+        )
+        assert {"calibration/a", "eval/a"} <= set(data.fingerprints)
+
+
 def test_blocks_of_all_streams_are_spread_evenly() -> None:
     streams = [[stream] * length for stream, length in enumerate((600, 300, 100))]
     blocks_NT = mix_blocks(streams, block_size=10, num_blocks=20, seed=0)

@@ -1,7 +1,7 @@
 import pytest
 from conftest import tiny_model
 
-from lmerge.estimate import Work, duration, estimate_seconds, measure_speed
+from lmerge.estimate import Work, estimate_seconds, measure_speed
 from lmerge.heal import HealConfig
 from lmerge.repair import RepairConfig
 
@@ -35,10 +35,3 @@ def test_more_work_takes_longer(more: dict[str, object]) -> None:
 
 def test_reading_the_source_alone_is_one_pass() -> None:
     assert seconds(repair=RepairConfig(method="none")) == pytest.approx(4096 * 4 * 1e-5)
-
-
-@pytest.mark.parametrize(
-    ("length", "text"), [(0.1, "1 seconds"), (42, "42 seconds"), (150, "2 minutes")]
-)
-def test_durations_are_for_people(length: float, text: str) -> None:
-    assert duration(length) == text

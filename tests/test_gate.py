@@ -42,6 +42,11 @@ def test_chance_level_letters_do_not_hide_a_destroyed_text_model() -> None:
     assert failed(results(ppl=31_010.0, kl=7.0)) == names
 
 
+def test_a_value_at_its_limit_passes() -> None:
+    exact = GateConfig(max_kl=0.5, min_accuracy_ratio=0.5, max_ppl_ratio=2.0, min_distinct=0.7)
+    assert failed(results(ppl=60.0, kl=0.5, accuracy=0.125), exact) == []
+
+
 @pytest.mark.parametrize("ppl", [math.inf, math.nan])
 def test_a_perplexity_that_is_no_number_fails(ppl: float) -> None:
     assert failed(results(ppl=ppl)) == ["perplexity ratio on en text"]

@@ -17,10 +17,8 @@ from models import (
 from torch.nn.functional import linear
 from transformers import DynamicCache
 
+from lmerge.axes import ALPHA_AXIS, COMPANION, FOLDS_INTO
 from lmerge.llama import (
-    ALPHA_AXIS,
-    COMPANION,
-    FOLDS_INTO,
     MATRICES,
     PATHS,
     SUPPORTED,

@@ -6,10 +6,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lmerge.alphas import AlphaConfig, Granularity, start_alphas
+from lmerge.axes import ALPHA_AXIS, COMPANION, FOLDS_INTO
 from lmerge.llama import (
-    ALPHA_AXIS,
-    COMPANION,
-    FOLDS_INTO,
     MATRICES,
     LayerTensors,
     decoder_layers,

@@ -23,9 +23,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lmerge.align import Orders
 from lmerge.alpha_files import read_alphas, write_alphas
 from lmerge.alphas import AlphaConfig, Granularity
+from lmerge.axes import FOLDS_INTO
+from lmerge.frames import members_in_one_frame
 from lmerge.groups import align_members
 from lmerge.llama import (
-    FOLDS_INTO,
     MATRICES,
     HeadSpec,
     by_path,
@@ -34,7 +35,7 @@ from lmerge.llama import (
     num_layers,
     with_tensors,
 )
-from lmerge.merged import MergedLayer, MergedLlama, members_in_one_frame
+from lmerge.merged import MergedLayer, MergedLlama
 from lmerge.neurons import reorder_neurons
 from lmerge.plan import Group, MergePlan
 from lmerge.source import load_model
@@ -316,6 +317,8 @@ def test_the_source_stays_as_it_was(name: str) -> None:
 )
 def test_weights_are_formed_anew_after_a_step_of_any_optimizer(optimizer: str) -> None:
     name, _, kind = optimizer.partition("-")
+    if not hasattr(torch.optim, name):
+        pytest.skip("newer than this torch")
     merged = merge(tiny_model(), config=AlphaConfig(start="uniform"))
     old = logits(merged.causal_lm)
     parameters = list(merged.alpha_parameters().values())

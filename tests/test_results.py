@@ -13,7 +13,6 @@ from lmerge.results import (
     loss,
     ppl,
     print_table,
-    size,
     table_rows,
     write_metrics,
 )
@@ -206,14 +205,6 @@ def test_a_loss_without_an_interval_is_shown_alone() -> None:
 )
 def test_a_perplexity_is_short_however_large(value: float, text: str) -> None:
     assert ppl({"ppl": value}) == text
-
-
-@pytest.mark.parametrize(
-    ("num_bytes", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (2**29, "512 MiB"), (2**34, "16.00 GiB")],
-)
-def test_a_size_has_the_unit_that_people_expect(num_bytes: int, text: str) -> None:
-    assert size(num_bytes) == text
 
 
 def printed(rows: list[tuple[str, str, str]], title: str) -> str:

@@ -1,3 +1,4 @@
+import math
 from typing import get_args
 
 import pytest
@@ -6,6 +7,7 @@ from conftest import tiny_model
 from models import VARIANTS, tiny_variant
 from torch.nn.functional import kl_div
 
+from lmerge import search
 from lmerge.alphas import AlphaConfig
 from lmerge.block_refits import BlockRefits, layer_inputs
 from lmerge.llama import decoder_layers, layer_tensors, num_layers
@@ -32,6 +34,13 @@ def test_candidates_are_all_blocks_best_first() -> None:
     candidates = repaired_blocks(tiny_model(), TOKENS, HELD, 2)
     assert sorted(c.groups[0].members for c in candidates) == [(0, 1, 2), (1, 2, 3)]
     assert [c.kl for c in candidates] == sorted(c.kl for c in candidates)
+
+
+def test_a_candidate_without_a_number_is_never_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = iter([math.nan, 1.0, 0.5])
+    monkeypatch.setattr(search, "kl_of", lambda *_: next(costs))
+    found = repaired_blocks(tiny_model(), TOKENS, HELD, 1)
+    assert [c.kl for c in found[:2]] == [0.5, 1.0]
 
 
 def test_search_leaves_the_source_untouched() -> None:

@@ -151,6 +151,46 @@ def test_a_comparison_is_one_run_with_its_cells_and_each_budgets_best(tmp_path: 
     assert found.summary["compare/loss_table"]["nrows"] == 3
 
 
+def test_a_study_of_similarity_is_one_run_with_its_table_and_heatmaps(
+    tiny_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "similarity"
+    run("similarity", f"--source={tiny_dir}", f"--out_dir={out}", "--domains=[medical,math]",
+        "--num_prompts=6", "--num_bootstrap=20", "--wandb=offline")  # fmt: skip
+    found = Offline(out)
+    result = json.loads((out / "similarity.json").read_text())
+    (row,) = result["correlations"]
+    table = found.table("similarity/agreement")
+    assert dict(zip(table["columns"], table["data"][0], strict=True)) == pytest.approx(row)
+    assert found.summary["agreement/angular/mean"] == pytest.approx(row["pearson_upper"])
+    assert found.summary["similarity/angular"]["_type"] == "image-file"
+    assert found.data["name"] == f"{tiny_dir.name} similarity"
+    assert "wandb" not in result["settings"]
+
+
+def test_a_study_of_transfer_is_one_run_with_its_rows_and_each_rules_cost(
+    tiny_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "transfer"
+    command = ("transfer", f"--source={tiny_dir}", f"--out_dir={out}", "--domains=[medical,math]",
+               "--rules=[angular]", "--num_removed=[1]", "--refits=[mixed]", "--num_prompts=4",
+               "--num_calibration_tokens=512", "--block_size=64",
+               "--num_eval_questions=3")  # fmt: skip
+    run(*command)
+    run(*command, "--wandb=offline")  # not another study
+    found = Offline(out)
+    result = json.loads((out / "transfer.json").read_text())
+    rows = found.table("transfer/rows")
+    assert len(rows["data"]) == len(result["rows"])
+    increases = [row[rows["columns"].index("increase")] for row in rows["data"]]
+    assert increases == pytest.approx([row["increase"]["value"] for row in result["rows"]])
+    (line,) = result["summary"]
+    for key in ("home", "away", "regret", "num_plans"):
+        assert found.summary[f"angular -1 mixed/{key}"] == pytest.approx(line[key])
+    assert found.summary["transfer/costs_table"]["nrows"] == 1
+    assert found.summary["transfer/losses"]["_type"] == "image-file"
+
+
 def cell(method: str, num_removed: int, above: float) -> dict[str, Any]:
     return {
         "method": method,

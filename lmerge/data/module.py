@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
-import torch
-from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedTokenizerBase
+from torch.utils.data import DataLoader
 
 from lmerge.data.batching import (
     BlockDataset,
     ResumableLoader,
     ShuffledOrder,
     context_length,
-    in_rounds,
     sample_prompts,
-    to_device,
-    world,
 )
+from lmerge.data.evaluation import (
+    EvaluationBatch,
+    evaluation_batches,
+    held_out_batches,
+)
+from lmerge.data.limits import check_options
 from lmerge.data.mixing import Mix, calibration_streams, held_blocks, mix_blocks
-from lmerge.data.prompts import build_choice_batches
-from lmerge.data.records import IGNORE, ChoiceBatch, Question, Scoring, TextBatch, WordBatch
+from lmerge.data.records import Scoring
+from lmerge.data.served import ServedData
 from lmerge.data.stage import StageData, read_stage
-from lmerge.data.text import block_batches, text_batches
-from lmerge.data.words import word_batches
 from lmerge.source import load_config, load_tokenizer
-
-EvaluationBatch = TextBatch | ChoiceBatch
-
-HELD_OUT = "held-out"
-"""Name of the held-out calibration blocks among the texts that a fit measures on."""
 
 # Lists, not tuples, so that `--data.languages+=fr` adds to the default; they are never changed.
 STUDY_DOMAINS = ["medical", "legal", "math", "cs", "humanities"]
@@ -40,7 +32,7 @@ ENGLISH = ["en"]
 SCORINGS: list[Scoring] = ["letter", "cloze"]
 
 
-class MMLUDataModule(LightningDataModule):
+class MMLUDataModule(ServedData):
     """Multiple-choice questions and prose by domain and language.
 
     Few-shot examples come from dev. `fit` and `validate` read val: to calibrate on, and to measure
@@ -108,24 +100,8 @@ class MMLUDataModule(LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
+        check_options(locals())
         super().__init__()
-        _check_at_least(0, num_shots=num_shots, seed=seed, num_workers=num_workers)
-        _check_at_least(1, num_prompts=num_prompts, batch_size=batch_size, eval_tokens=eval_tokens)
-        _check_at_least(1, max_questions=1 if max_questions is None else max_questions)
-        _check_at_least(2, block_size=block_size)
-        _check_at_least(block_size, num_calibration_tokens=num_calibration_tokens)
-        if stride is not None and not 1 <= stride <= block_size:
-            raise ValueError(
-                f"`stride` must be between 1 and the `block_size` of {block_size}, got {stride}; "
-                "lower it."
-            )
-        if not scorings and not eval_text and not last_word:
-            raise ValueError(
-                "`scorings` must not be empty without `eval_text` and `last_word`; give one of "
-                "them."
-            )
-        if not 0 < holdout <= 0.5:
-            raise ValueError(f"`holdout` must be above 0 and at most 0.5, got {holdout}; try 0.15.")
         self.source = source
         self.question_source = questions
         self.domains = domains
@@ -147,7 +123,6 @@ class MMLUDataModule(LightningDataModule):
         self.max_questions = max_questions
         self.seed = seed
         self.num_workers = num_workers
-        self._data: StageData | None = None
         self._blocks_NT: Tensor | None = None
 
     def setup(self, stage: str) -> None:
@@ -182,60 +157,10 @@ class MMLUDataModule(LightningDataModule):
         self._batches = self._evaluation_batches(data, max_length)
 
     @property
-    def questions(self) -> list[Question]:
-        """Questions of the stage's split; `ChoiceBatch.index_B` points into this list."""
-        return self._require().questions
-
-    @property
-    def domain_subjects(self) -> dict[str, tuple[str, ...]]:
-        """Domain -> those of its subjects that the questions cover."""
-        return self._require().domain_subjects
-
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        """Fingerprint of each split and text in use: `dev`, `val`, `calibration/en`, `eval/en`."""
-        return self._require().fingerprints()
-
-    @property
     def settings(self) -> dict[str, Any]:
         """Options that decide how questions and texts are measured."""
         names = ("scorings", "num_shots", "max_questions", "block_size", "stride")
         return {name: getattr(self, name) for name in names}
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Tokenizer of the source."""
-        self._require()
-        return self._tokenizer
-
-    @property
-    def text_bytes(self) -> dict[str, int | None]:
-        """UTF-8 bytes of each text that is measured on; unknown for the held-out blocks of fit."""
-        data = self._require()
-        if data.stage == "fit":
-            return {HELD_OUT: None}
-        return {name: len(text.encode()) for name, text in data.eval_texts.items()}
-
-    @property
-    def last_words(self) -> list[str]:
-        """Names of the files whose texts' last words are to be guessed; none while fitting."""
-        data = self._require()
-        return [] if data.stage == "fit" else list(data.last_words)
-
-    @property
-    def text_tokens(self) -> dict[str, int]:
-        """Predicted tokens of each text that is measured on: all but the very first."""
-        counts = dict.fromkeys(self.text_bytes, 0)
-        for batch in self._batches:
-            if isinstance(batch, TextBatch) and not isinstance(batch, WordBatch):
-                counts[batch.name] += int((batch.target_BT != IGNORE).sum())
-        return counts
-
-    @property
-    def evaluation_batches(self) -> Sequence[EvaluationBatch]:
-        """All batches that the stage measures on, in the order of a single process."""
-        self._require()
-        return self._batches
 
     def calibration_prompts(self) -> dict[tuple[str, str], list[Tensor]]:
         """Return zero-shot letter prompts (T,) of each (domain, language), from val."""
@@ -284,82 +209,18 @@ class MMLUDataModule(LightningDataModule):
             persistent_workers=self.num_workers > 0,
         )
 
-    def val_dataloader(self) -> DataLoader[EvaluationBatch]:
-        """Serve texts, then val questions for each scoring; in `fit` the held-out blocks alone."""
-        self._require("fit", "validate")
-        return self._evaluation_loader()
-
-    def test_dataloader(self) -> DataLoader[EvaluationBatch]:
-        """Serve texts, then test questions for each scoring."""
-        self._require("test")
-        return self._evaluation_loader()
-
-    def transfer_batch_to_device(
-        self, batch: Any, device: torch.device, dataloader_idx: int
-    ) -> Any:
-        if isinstance(batch, ChoiceBatch | TextBatch):
-            return to_device(batch, device)
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
-
-    def _require(self, *stages: str) -> StageData:
-        if self._data is None:
-            raise ValueError("the data module has read nothing yet; call setup(stage) first.")
-        if stages and self._data.stage not in stages:
-            raise ValueError(
-                f"this belongs to stage {' or '.join(stages)}, got stage {self._data.stage!r}, "
-                "which must not see that split; call setup with the other stage first."
-            )
-        return self._data
-
     def _evaluation_batches(self, data: StageData, max_length: int) -> list[EvaluationBatch]:
-        batches: list[EvaluationBatch] = []
         if data.stage == "fit":
-            blocks_NT = self.calibration_blocks()[self.held_out()]
-            return list(block_batches(HELD_OUT, blocks_NT, self._blocks_per_batch()))
-        for name, text in data.eval_texts.items():
-            batches += text_batches(
-                name,
-                text,
-                self._tokenizer,
-                block_size=self.block_size,
-                stride=self.stride or self.block_size,
-                batch_size=self._blocks_per_batch(),
+            return held_out_batches(
+                self.calibration_blocks()[self.held_out()], max_tokens=self.eval_tokens
             )
-        for name, texts in data.last_words.items():
-            batches += word_batches(
-                name,
-                texts,
-                self._tokenizer,
-                max_tokens=self.eval_tokens,
-                max_length=max_length,
-            )
-        for scoring in dict.fromkeys(self.scorings):
-            batches += build_choice_batches(
-                data.questions,
-                data.examples,
-                self._tokenizer,
-                scoring=scoring,
-                num_shots=self.num_shots,
-                max_tokens_per_batch=self.eval_tokens,
-                max_length=max_length,
-            )
-        return batches
-
-    def _blocks_per_batch(self) -> int:
-        return max(1, self.eval_tokens // self.block_size)
-
-    def _evaluation_loader(self) -> DataLoader[EvaluationBatch]:
-        # Batches are made beforehand, so that they are the same whatever the number of processes:
-        # a distributed sampler hands out whole batches.
-        return DataLoader(
-            cast(Dataset[EvaluationBatch], in_rounds(self._batches, world()[1])),
-            batch_size=None,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+        return evaluation_batches(
+            data,
+            self._tokenizer,
+            scorings=self.scorings,
+            num_shots=self.num_shots,
+            block_size=self.block_size,
+            stride=self.stride,
+            max_tokens=self.eval_tokens,
+            max_length=max_length,
         )
-
-
-def _check_at_least(minimum: int, **options: int) -> None:
-    for name, value in options.items():
-        if value < minimum:
-            raise ValueError(f"`{name}` must be at least {minimum}, got {value}; raise it.")
