@@ -8,7 +8,9 @@ from itertools import islice, pairwise
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+
+from lmerge.llama import cache_argument
 
 PROMPTS = (
     "The history of the city begins",
@@ -37,18 +39,18 @@ def decode(
         token_BT: Token ids, padded on the left.
         mask_BT: 1 for tokens and 0 for padding (int64); None where nothing is padded.
     """
-    cache = None
+    cache = DynamicCache(config=model.config)
     token_BT = token_BT.to(model.device)
     mask_BT = torch.ones_like(token_BT) if mask_BT is None else mask_BT.to(model.device)
     while True:
         out = model(
             input_ids=token_BT,
             attention_mask=mask_BT,
-            past_key_values=cache,
+            **cache_argument(model, cache),
             use_cache=True,
             logits_to_keep=1,
         )
-        cache, token_BT = out.past_key_values, out.logits[:, -1].argmax(dim=-1, keepdim=True)
+        token_BT = out.logits[:, -1].argmax(dim=-1, keepdim=True)
         mask_BT = torch.cat([mask_BT, torch.ones_like(token_BT)], dim=1)
         yield token_BT
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from inspect import signature
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import Cache, PretrainedConfig, PreTrainedModel
 
 LayerTensors = dict[str, Tensor]
 
@@ -193,6 +194,15 @@ def run_span(part: PreTrainedModel, hidden_BTD: Tensor) -> Tensor:
         return part.model.norm(hidden_BTD)  # type: ignore[no-any-return]
     states: Tensor = part.model(inputs_embeds=hidden_BTD, use_cache=False).last_hidden_state
     return states
+
+
+def cache_argument(model: nn.Module, cache: Cache) -> dict[str, Cache]:
+    """Return a key/value cache under the name by which the model takes it.
+
+    transformers calls it `cache` from 5.24 on, and warns of the older name.
+    """
+    new = "cache" in signature(model.forward).parameters
+    return {"cache" if new else "past_key_values": cache}
 
 
 def embed(model: PreTrainedModel, token_BT: Tensor) -> Tensor:

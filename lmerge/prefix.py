@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from lmerge.llama import cache_argument
+
 
 class PrefixCache:
     """Key/value states of the prefixes used last, for one or several models.
@@ -94,13 +96,14 @@ class PrefixStates(Cache):
     """States of all layers after a prefix."""
 
     def __init__(self, layers: list[DynamicLayer]) -> None:
-        shared = []
+        shared, dtypes = [], []
         for layer in layers:
             assert layer.keys is not None
             assert layer.values is not None
             shared.append(_SharedLayer(layer.keys, layer.values))
+            dtypes.append(layer.keys.dtype)
         super().__init__(layers=list(shared))
-        self.dtype: torch.dtype = layers[0].dtype
+        self.dtype: torch.dtype = dtypes[0]
         """Of the keys, and so of the attention mask."""
 
 
@@ -132,7 +135,9 @@ def _encode(model: PreTrainedModel, prefix_P: Tensor) -> PrefixStates:
     # Without a config every layer keeps all positions, sliding-window layers too.
     cache = DynamicCache()
     decoder = cast(nn.Module, model.model)
-    decoder(input_ids=prefix_P.to(model.device)[None], past_key_values=cache, use_cache=True)
+    decoder(
+        input_ids=prefix_P.to(model.device)[None], use_cache=True, **cache_argument(decoder, cache)
+    )
     return PrefixStates(cast(list[DynamicLayer], cache.layers))
 
 

@@ -72,8 +72,9 @@ def table_rows(results: Mapping[str, Any]) -> list[Row]:
         rows.append(_row(f"perplexity of the last word, {name}", both, ppl))
     for name, both in results["text"].items():
         rows += _text_rows(name, both)
-    if "generation" in results:
-        rows += _generation_rows(results["generation"])
+    generation = results.get("generation", {})
+    if "texts" in generation.get("source", {}):  # earlier versions kept none
+        rows += _generation_rows(generation)
     return rows
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from lmerge.data.records import IGNORE, PADDING_SEGMENT, ChoiceBatch, TextBatch
 from lmerge.divergence import kl_rows
 from lmerge.grouped import grouped_attention
+from lmerge.llama import cache_argument
 from lmerge.prefix import PrefixCache
 
 __all__ = [
@@ -78,8 +79,8 @@ def score_choices(model: PreTrainedModel, batch: ChoiceBatch, prefixes: PrefixCa
             input_ids=batch.token_BT.to(model.device),
             attention_mask=mask_B1TS.repeat(1, 1, num_groups, 1),
             position_ids=position_BT,
-            past_key_values=states,
             use_cache=True,
+            **cache_argument(model.model, states),
         )
     last_B = (segment_BT == 0).sum(dim=1) - 1
     if batch.scoring == "letter":

@@ -23,6 +23,7 @@ from lmerge.llama import (
     PATHS,
     SUPPORTED,
     by_path,
+    cache_argument,
     capture_down_input,
     capture_outputs,
     count_parameters,
@@ -108,7 +109,8 @@ def test_another_layer_index_is_another_slot_of_the_cache() -> None:
     layer = with_layer_index(decoder_layers(model)[3], 0)
     cache = DynamicCache()
     with torch.no_grad():
-        with_layers(model, [layer], [3]).model(tokens(), past_key_values=cache, use_cache=True)
+        part = with_layers(model, [layer], [3]).model
+        part(tokens(), use_cache=True, **cache_argument(part, cache))
     assert cache.get_seq_length(0) == tokens().shape[1]
 
 

@@ -148,6 +148,13 @@ def test_a_table_shows_what_was_measured(name: str, cells: tuple[str, str]) -> N
     assert (name, *cells) in table_rows(measured())
 
 
+def test_results_of_a_version_that_kept_no_texts_are_shown() -> None:
+    old = {"source": {"distinct": 0.9, "loops": 0.1}, "merged": {"distinct": 0.1, "loops": 0.9}}
+    names = [row[0] for row in table_rows({**measured(), "generation": old})]
+    assert "same top token on en text" in names
+    assert not any("greedily" in name for name in names)
+
+
 def test_a_table_has_source_before_merged() -> None:
     rows = {row[0]: row[1:] for row in table_rows(results())}
     assert rows["layers"] == ("30", "27")
