@@ -95,6 +95,8 @@ def heatmap_section(records: Sequence[RunRecord], figures: Figures) -> Item | No
         where = {"measure": measure, "domain": domain, "language": language or EVERY}
         shown[key] = figures.item(figure, caption, run=record.name, **where)
     items = list(shown.values())
+    for item in items if len(records) > 1 else ():
+        item["caption"] += "" if item["run"] == EVERY else f" ({item['run']})"
     labels = {"run": "Run", "measure": "Measure", "domain": "Domain", "language": "Language"}
     selects = []
     for name, label in labels.items():

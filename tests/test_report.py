@@ -220,6 +220,7 @@ def test_heatmaps_of_runs_with_other_plans_have_a_switch(run_dir: Path, copied: 
     found = Page(page(run_dir, copied))
     names = [a["name"] for tag, a in found.elements if tag == "select"]
     assert names == ["run", "domain", "language"]
+    assert all(f"angular: medical/en ({run})" in found.text for run in (run_dir.name, copied.name))
 
 
 def test_a_study_adds_its_matrices_by_domain_and_language(

@@ -159,10 +159,17 @@ def test_a_phone_shows_it_without_sideways_scrolling(browser: sync_api.Browser, 
     assert label.evaluate("e => getComputedStyle(e, '::before').content") == '"merged"'
 
 
+def test_no_number_is_cut_off_on_a_narrow_phone(browser: sync_api.Browser, path: Path) -> None:
+    tab = Tab(browser, path, viewport={"width": 320, "height": 700}, is_mobile=True)
+    over = "e => [...e.querySelectorAll('td')].filter(c => c.scrollWidth > c.clientWidth).length"
+    assert tab.page.locator("#cost table").first.evaluate(over) == 0
+
+
 def test_print_shows_every_heatmap_and_no_switch(browser: sync_api.Browser, path: Path) -> None:
     tab = Tab(browser, path, color_scheme="dark")
     tab.page.emulate_media(media="print")
     assert len(tab.shown()) == 4
     assert not tab.page.get_by_label("Language").is_visible()
     assert not tab.page.locator("nav").is_visible()
+    assert not tab.page.locator("details").first.is_visible()  # nothing unfolds on paper
     assert tab.page.pdf(format="A4").startswith(b"%PDF")
