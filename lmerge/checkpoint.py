@@ -12,9 +12,11 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import gguf
 from filelock import FileLock
 from gguf import GGUFReader
 from safetensors import SafetensorError
@@ -26,6 +28,10 @@ from lmerge.folders import atomic_folder
 from lmerge.llama import SUPPORTED
 
 logger = logging.getLogger(__name__)
+
+if not hasattr(gguf, "__version__"):
+    # On Python 3.10 transformers asks the module, which has none, and stumbles over "N/A".
+    vars(gguf)["__version__"] = metadata.version("gguf")
 
 QUIET_BYTES = 4 * 2**30
 """Checkpoints below this size are read or written within seconds, without a progress bar."""
@@ -224,7 +230,7 @@ def _convert(source: str, path: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     model = load_whole(source, path.parent, bars=True, gguf_file=path.name)
     # The weights are plain by now, but transformers refuses to save what it thinks quantised.
-    del model.config.quantization_config
+    vars(model.config).pop("quantization_config", None)
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         model.__dict__.pop(name, None)
     with atomic_folder(folder) as temporary:
