@@ -34,7 +34,7 @@ test: setup  ## Run the whole test suite, with the real model
 
 coverage: setup  ## Run the whole test suite and fail below 90% branch coverage
 	OMP_NUM_THREADS=1 $(BIN)/python -m coverage erase
-	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -n 2 --dist loadfile
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 
