@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from lmerge.figures import save
@@ -17,6 +18,9 @@ from lmerge.statistics import mcnemar_exact, paired_bootstrap
 from lmerge.tables import markdown_table, print_columns
 
 SCHEMA = 1
+
+MARKERS = "os^vD<>pP*X"
+"""Markers of the figure's lines, in turn."""
 
 Cell = Mapping[str, Any]
 Row = dict[str, str | float | int | None]
@@ -193,23 +197,25 @@ def _print(rows: Sequence[Row]) -> None:
 
 def pareto_figure(cells: Sequence[Cell]) -> Figure:
     """Return held-out loss above the source against layers removed, a line for each method."""
-    figure = Figure(figsize=(7.0, 4.4), layout="constrained")
+    figure = Figure(figsize=(8.4, 4.6), layout="constrained")
     axis = figure.subplots()
-    for method in dict.fromkeys(cell["method"] for cell in cells):
+    for place, method in enumerate(dict.fromkeys(cell["method"] for cell in cells)):
         mine = [cell for cell in cells if cell["method"] == method]
         published = mine[0]["config"]["baseline"] is not None
         axis.plot(
             [cell["num_removed"] for cell in mine],
             [held_out_loss(cell) for cell in mine],
-            "o--" if published else "s-",
-            linewidth=1 if published else 2,
-            alpha=0.6 if published else 1,
+            MARKERS[place % len(MARKERS)] + ("--" if published else "-"),
+            color=colormaps["tab20"](place % 20),
+            linewidth=1 if published else 2.5,
             label=method,
         )
-    axis.set(
-        xlabel="layers removed",
-        ylabel="loss above the source (nats/token), mean over held-out texts",
-    )
-    axis.set_yscale("symlog", linthresh=0.1)  # a method may lower the loss
-    axis.legend(fontsize=7, ncols=2)
+    axis.set(xlabel="layers removed", ylabel="loss above the source (nats/token)")
+    axis.set_xticks(sorted({cell["num_removed"] for cell in cells}))
+    if min(map(held_out_loss, cells)) > 0:
+        axis.set_yscale("log")
+    else:  # a method lowers the loss
+        axis.set_yscale("symlog", linthresh=0.1)
+    axis.grid(axis="y", alpha=0.3)
+    figure.legend(fontsize=7, loc="outside right upper", title="mean over held-out texts")
     return figure
