@@ -21,7 +21,7 @@ TrialState = Literal["running", "finished", "stopped", "failed"]
 SweepConfig = dict[str, Any]
 """A sweep file as W&B defines it: `method`, `metric`, `parameters`, `command`, ..."""
 
-INSTALL = "Install it with: pip install 'lmerge[sweep]'."
+INSTALL = "Install lmerge with its extra: pip install '.[sweep]' in its repository."
 
 
 @dataclass(kw_only=True)
