@@ -14,6 +14,10 @@ class GoodAlphas:
     def __init__(self) -> None:
         self._kept: list[Tensor] = []
 
+    def __bool__(self) -> bool:
+        """Whether a good step is remembered."""
+        return bool(self._kept)
+
     def check(self, loss: Tensor, step: int) -> None:
         """Raise ValueError when a step's loss is not finite."""
         if not loss.isfinite():
@@ -28,7 +32,7 @@ class GoodAlphas:
 
     def restore(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Put the remembered alphas back; returns whether there are any."""
-        if not self._kept:
+        if not self:
             return False
         with torch.no_grad():
             for parameter, kept in zip(parameters, self._kept, strict=True):

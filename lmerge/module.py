@@ -281,7 +281,8 @@ class AlphaModule(SideBySide):
 
     def restore_good(self) -> bool:
         """Go back to the last alphas with a finite loss; returns whether there are any."""
-        return self._good.restore(self.merged.alpha_parameters().values())
+        # A fit that failed before the model was put together has no alphas.
+        return bool(self._good) and self._good.restore(self.merged.alpha_parameters().values())
 
     def on_train_epoch_end(self) -> None:
         check_alphas_finite(self.merged.alpha_parameters().values())
