@@ -270,16 +270,21 @@ def test_unwritable_parent_is_refused(tmp_path: Path, merged: PreTrainedModel) -
     assert "must be writable" in refusal(export, merged, tmp_path / "file.txt" / "out")
 
 
-@pytest.mark.parametrize("name", ["rename", "mkdir"])
+@pytest.mark.parametrize(("owner", "name"), [(os, "rename"), (Path, "mkdir")])
 def test_failed_export_leaves_nothing(
-    tmp_path: Path, merged: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, name: str
+    tmp_path: Path,
+    merged: PreTrainedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: object,
+    name: str,
 ) -> None:
-    def refuse(*_arguments: object, **_options: object) -> None:
-        raise OSError(30, "Read-only file system")
+    def refuse(*_arguments: object, exist_ok: bool = False, **_options: object) -> None:
+        if not exist_ok:  # the folder that is there already
+            raise OSError(30, "Read-only file system")
 
     source, out = saved(merged, tmp_path / "source"), tmp_path / "new" / "out"
     out.parent.mkdir()
-    monkeypatch.setattr(os, name, refuse)
+    monkeypatch.setattr(owner, name, refuse)
     assert "Read-only file system" in refusal(export_unmerged, source, out)
     assert not list(out.parent.iterdir())
 
