@@ -20,7 +20,7 @@ from lmerge.compose import Composer, MethodConfig, Planner
 from lmerge.data.batching import by_domain_language
 from lmerge.data.mixing import Mix, held_blocks
 from lmerge.data.module import MMLUDataModule
-from lmerge.data.prompts import calibration_text as question_text
+from lmerge.data.prompts import questions_text
 from lmerge.data.records import ChoiceBatch, Scoring, TextBatch
 from lmerge.data.text import block_batches, read_texts, text_batches
 from lmerge.files import provenance, read_json, write_json
@@ -276,8 +276,6 @@ def question_texts(module: MMLUDataModule) -> dict[str, str]:
     """Return the questions with their answers as a text for each domain and language."""
     groups = by_domain_language(module.questions, module.domain_subjects)
     return {
-        f"{QUESTIONS}: {', '.join(key)}" if len(groups) > 1 else QUESTIONS: "\n\n".join(
-            question_text(question) for question in group
-        )
+        f"{QUESTIONS}: {', '.join(key)}" if len(groups) > 1 else QUESTIONS: questions_text(group)
         for key, group in groups.items()
     }

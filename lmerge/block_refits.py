@@ -18,14 +18,20 @@ from lmerge.llama import (
     with_layers,
     with_tensors,
 )
+from lmerge.normal_equations import position_weights
 from lmerge.progress import track
-from lmerge.repair import position_weights
 
 RIDGE = 0.1
 """Regularisation of the refits in the search, as a share of the mean diagonal."""
 
 POSITIONS = 64
 """Positions of each held-out block whose predictions are compared."""
+
+
+def spread_places(place_B: Tensor, count: int) -> Tensor:
+    """Return `count` of the places, evenly spread; all where there are fewer."""
+    count = min(count, len(place_B))
+    return place_B[((torch.arange(count) + 0.5) * len(place_B) / count).long()]
 
 
 def layer_inputs(source: PreTrainedModel, token_BT: Tensor) -> list[Tensor]:

@@ -106,7 +106,7 @@ def _repair_seconds(model: PreTrainedModel, work: Work, per_layer: float) -> flo
     if work.repair.method == "deep":
         cost += BACKWARD * work.repair.num_epochs
     tokens = work.num_tokens * num_layers_refitted * cost
-    if work.repair.method == "deep" and work.repair.neurons == "pooled":
+    if work.repair.pools:
         neurons = config.intermediate_size
         pool = min((work.num_removed + 1) * neurons, room_of(neurons))
         tokens += (TOKENS * pool**2 + 3 * pool**3) / weights  # products, and factors in float64

@@ -39,14 +39,14 @@ def decode(
         token_BT: Token ids, padded on the left.
         mask_BT: 1 for tokens and 0 for padding (int64); None where nothing is padded.
     """
-    cache = DynamicCache(config=model.config)
+    cache = cache_argument(model, DynamicCache(config=model.config))
     token_BT = token_BT.to(model.device)
     mask_BT = torch.ones_like(token_BT) if mask_BT is None else mask_BT.to(model.device)
     while True:
         out = model(
             input_ids=token_BT,
             attention_mask=mask_BT,
-            **cache_argument(model, cache),
+            **cache,
             use_cache=True,
             logits_to_keep=1,
         )

@@ -15,17 +15,26 @@ import torch
 from torch import Tensor, nn
 
 from lmerge.axes import NEURON_AXIS
+from lmerge.block_refits import spread_places
 from lmerge.llama import (
     LayerTensors,
-    capture_input,
+    capture_down_input,
     decoder_layers,
-    run_span,
     with_layers,
     with_tensors,
 )
 from lmerge.merged import MergedLayer, MergedLlama
-from lmerge.repair import NormalEquations, position_weights
-from lmerge.row_refits import Rows, fit_and_held, solve_rows
+from lmerge.neurons import reorder_neurons
+from lmerge.normal_equations import (
+    NormalEquations,
+    Rows,
+    add_positions,
+    fit_and_held,
+    position_weights,
+    split_held,
+)
+from lmerge.repair import down_rows
+from lmerge.row_refits import solve_rows
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +88,9 @@ def pool_neurons(
     pool = _pool(stacked)
     room = room_of(num_neurons)
     if num_members * num_neurons > room:
-        pool = _take(pool, _strongest(merged, position, pool, part, batch_size, room))
+        pool = reorder_neurons(pool, _strongest(merged, position, pool, part, batch_size, room))
     fit = _fitted_sums(merged, position, pool, part, batch_size)
-    pool = _take(pool, select_neurons(fit, num_neurons))
+    pool = reorder_neurons(pool, select_neurons(fit, num_neurons))
     chosen = solve_rows(*_sums(merged, position, pool, part, batch_size))
     anchors = {name: stacked[name][layer.anchor] for name in pool}
     own = solve_rows(*_sums(merged, position, anchors, part, batch_size)).holdout_error
@@ -126,24 +135,15 @@ Part = tuple[Tensor, Tensor, Tensor]
 def _spread(count: int, held_B: Tensor) -> Tensor:
     """Return about `count` blocks, evenly spread, some of them held out."""
     places, num_blocks = torch.arange(len(held_B)), len(held_B)
-    parts = []
-    for part in (places[~held_B.cpu()], places[held_B.cpu()]):
-        size = min(len(part), max(1, round(count * len(part) / num_blocks)))
-        parts.append(part[((torch.arange(size) + 0.5) * len(part) / size).long()])
-    return torch.cat(parts)
+    parts = (places[~held_B.cpu()], places[held_B.cpu()])
+    counts = [max(1, round(count * len(part) / num_blocks)) for part in parts]
+    return torch.cat([spread_places(*pair) for pair in zip(parts, counts, strict=True)])
 
 
 def _pool(stacked: LayerTensors) -> LayerTensors:
     """Return the members' neurons side by side: gate, up and down, and biases where there are."""
     names = [name for name in NEURON_AXIS if name in stacked]
     return {name: torch.cat(list(stacked[name]), dim=NEURON_AXIS[name]) for name in names}
-
-
-def _take(pool: LayerTensors, kept_F: Tensor) -> LayerTensors:
-    return {
-        name: tensor.index_select(NEURON_AXIS[name], kept_F.to(tensor.device))
-        for name, tensor in pool.items()
-    }
 
 
 def _rows(
@@ -157,18 +157,16 @@ def _rows(
     origin = merged.plan.origins()[position]
     one = with_layers(merged.causal_lm, [wide], [origin], final_norm=False)
     batches = zip(part[0].split(batch_size), part[1].split(batch_size), strict=True)
-    with capture_input(wide, "down_proj") as sink:
+    with capture_down_input(wide) as inputs:
         for current_BTD, target_BTD in batches:
-            output_BTD = run_span(one, current_BTD.to(one.device)).float()
-            target_BTD = target_BTD.to(output_BTD)
-            yield sink.pop(), target_BTD - output_BTD, target_BTD
+            yield down_rows(one, inputs, current_BTD, target_BTD)
 
 
 def _sums(
     merged: MergedLlama, position: int, pool: LayerTensors, part: Part, batch_size: int
 ) -> tuple[NormalEquations, NormalEquations]:
     rows = _rows(merged, position, pool, part, batch_size)
-    return fit_and_held(rows, part[2].split(batch_size))
+    return fit_and_held(split_held(rows, part[2].split(batch_size)))
 
 
 def _fitted_sums(
@@ -179,9 +177,7 @@ def _fitted_sums(
     total: NormalEquations | None = None
     for rows in _rows(merged, position, pool, fitted, batch_size):
         a_NF, residual_ND, target_ND = (x.flatten(0, 1) for x in rows)
-        if total is None:
-            total = NormalEquations.zeros(a_NF.shape[1], residual_ND.shape[1], a_NF.device)
-        total = total.update(a_NF, residual_ND, position_weights(target_ND))
+        total = add_positions(total, (a_NF, residual_ND, target_ND))
     if total is None:
         raise ValueError(
             "choosing neurons needs calibration blocks that are not held out. "

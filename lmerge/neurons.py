@@ -18,7 +18,10 @@ BLOCK = 1024
 
 
 def reorder_neurons(layer: LayerTensors, order_F: Tensor) -> LayerTensors:
-    """Return the layer with its MLP neurons in a new order; its function is unchanged."""
+    """Return the layer with its MLP neurons in a new order, or with those of `order_F` alone.
+
+    The function is unchanged where all of them are there.
+    """
     return {
         name: t.index_select(NEURON_AXIS[name], order_F.to(t.device)) if name in NEURON_AXIS else t
         for name, t in layer.items()

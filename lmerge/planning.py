@@ -132,8 +132,8 @@ def job_of(
     )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Repair):
-            pools = callback.config.method == "deep" and callback.config.neurons == "pooled"
-            job = replace(job, repairs=callback.config.method != "none", pools=pools)
+            repair = callback.config
+            job = replace(job, repairs=repair.method != "none", pools=repair.pools)
         if isinstance(callback, ExportCheckpoint):
             job = replace(job, exports=callback.enabled)
     return job

@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 from lmerge.llama import capture_input, decoder_layers, layer_tensors, run_span, span
 from lmerge.merged import MergedLayer, MergedLlama
 from lmerge.neuron_pool import pool_neurons
+from lmerge.normal_equations import NormalEquations, Rows, fit_and_held, split_held
 from lmerge.progress import track
-from lmerge.repair import NormalEquations, RepairConfig
-from lmerge.row_refits import RowRefit, Rows, fit_and_held, solve_rows
+from lmerge.repair import RepairConfig
+from lmerge.row_refits import RowRefit, solve_rows
 from lmerge.state_training import train_layer
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def refine_layers(
         targets = _run(span(source, source_at, stop), targets, batch_size)
         source_at = stop
         if position in chosen:
-            if config.neurons == "pooled" and position in merged_at:
+            if config.pools and position in merged_at:
                 pool_neurons(merged, position, currents, targets, held_B)
             outcome = _refine_layer(merged, position, currents, targets, held_B, batch_size)
             share = outcome.holdout_error
@@ -115,7 +116,7 @@ def _refine_layer(
 
     def sums(names: tuple[str, ...]) -> tuple[NormalEquations, NormalEquations]:
         rows = _rows(merged, position, names, currents_BTD, targets_BTD, batch_size)
-        return fit_and_held(rows, held)
+        return fit_and_held(split_held(rows, held))
 
     fit, held_out = sums(JOINT)
     neuron_F = torch.arange(width, len(fit.gram_FF), device=fit.gram_FF.device)

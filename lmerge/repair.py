@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lmerge.llama import capture_down_input, decoder_layers, run_span, span
 from lmerge.merged import MergedLayer, MergedLlama
+from lmerge.normal_equations import Positions, Rows, fit_and_held, split_held
 from lmerge.progress import track
 
 logger = logging.getLogger(__name__)
@@ -43,85 +44,16 @@ class RepairConfig:
     """Neurons of the merged layers in `deep`: `own`, those of the merged weights, or `pooled`,
     chosen among those of all members and taken as they are."""
 
+    @property
+    def pools(self) -> bool:
+        """Whether neurons are chosen among those of all members."""
+        return self.method == "deep" and self.neurons == "pooled"
+
     def __post_init__(self) -> None:
         if self.num_after < 0:
             raise ValueError(f"`num_after` must be at least 0, got {self.num_after}. Try 2.")
         if self.num_epochs < 0:
             raise ValueError(f"`num_epochs` must be at least 0, got {self.num_epochs}. Try 3.")
-
-
-class NormalEquations(NamedTuple):
-    """Running sums of a weighted least-squares problem, in float64.
-
-    The products of one batch are float32 where its tensors are: over a few thousand positions that
-    rounds far below the ridge, and takes half the time.
-    """
-
-    gram_FF: Tensor
-    """Sum of w a a^T over positions."""
-    cross_DF: Tensor
-    """Sum of w r a^T over positions."""
-    energy: Tensor
-    """Sum of w |r|^2 over positions, the error of changing nothing (scalar)."""
-
-    @classmethod
-    def zeros(cls, num_inputs: int, num_outputs: int, device: torch.device) -> NormalEquations:
-        """Return the sums over no position."""
-        zeros = torch.zeros(num_inputs, num_inputs, dtype=torch.float64, device=device)
-        cross = torch.zeros(num_outputs, num_inputs, dtype=torch.float64, device=device)
-        return cls(zeros, cross, cross.new_zeros(()))
-
-    def update(self, a_NF: Tensor, residual_ND: Tensor, weight_N: Tensor) -> NormalEquations:
-        """Return the sums with more positions added.
-
-        Args:
-            a_NF: Inputs of the matrix.
-            residual_ND: What its output should change by.
-            weight_N: Weight of each position.
-        """
-        a_NF, residual_ND = _at_least_float(a_NF), _at_least_float(residual_ND)
-        weighted_NF = a_NF * weight_N.to(a_NF)[:, None]
-        return NormalEquations(
-            self.gram_FF + weighted_NF.T @ a_NF,
-            self.cross_DF + residual_ND.T @ weighted_NF.to(residual_ND),
-            self.energy + (residual_ND.double().square().sum(dim=1) * weight_N.double()).sum(),
-        )
-
-    def __add__(self, other: object) -> NormalEquations:
-        """Return the sums over both sets of positions."""
-        assert isinstance(other, NormalEquations)
-        return NormalEquations(*(a + b for a, b in zip(self, other, strict=True)))
-
-    def of(self, kept_F: Tensor) -> NormalEquations:
-        """Return the sums of the problem with some of the inputs alone."""
-        gram_FF = self.gram_FF[kept_F][:, kept_F]
-        return NormalEquations(gram_FF, self.cross_DF[:, kept_F], self.energy)
-
-    def solve(self, ridge: float) -> Tensor:
-        """Return the change (D, F) that minimises error + lambda |change|^2, in float64.
-
-        Args:
-            ridge: lambda as a share of the mean diagonal of the Gram matrix; above 0.
-        """
-        scale = self.gram_FF.diagonal().mean().clamp_min(1e-200)  # neurons may all be silent
-        eye_FF = torch.eye(len(self.gram_FF), dtype=torch.float64, device=self.gram_FF.device)
-        factor_FF = torch.linalg.cholesky(self.gram_FF + ridge * scale * eye_FF)
-        return torch.cholesky_solve(self.cross_DF.T, factor_FF).T
-
-    def error(self, change_DF: Tensor) -> float:
-        """Return the weighted squared error after a change, as a share of the error before.
-
-        1 where there was none before.
-        """
-        if not self.energy > 0:
-            return 1.0
-        fitted = (change_DF * self.cross_DF).sum()
-        size = ((change_DF @ self.gram_FF) * change_DF).sum()
-        return float((self.energy - 2 * fitted + size) / self.energy)
-
-
-def _at_least_float(x_NF: Tensor) -> Tensor:
-    return x_NF if x_NF.dtype == torch.float64 else x_NF.float()
 
 
 class Refit(NamedTuple):
@@ -135,15 +67,6 @@ class Refit(NamedTuple):
     """Weighted squared error on the held-out positions as a share of that before the refit."""
 
 
-def position_weights(target_ND: Tensor) -> Tensor:
-    """Return 1 / |target|^2 for each position: massive activations must not decide everything."""
-    return 1 / target_ND.double().square().sum(dim=1).clamp_min(1e-12)
-
-
-Positions = tuple[Tensor, Tensor, Tensor]
-"""Inputs a_NF, residuals r_ND and targets t_ND of one batch of calibration positions."""
-
-
 def refit(batches: Iterable[tuple[Positions, bool]]) -> Refit:
     """Return the ridge refit of a matrix (docs/method.md, repair).
 
@@ -155,21 +78,12 @@ def refit(batches: Iterable[tuple[Positions, bool]]) -> Refit:
     Raises:
         ValueError: When one of the two parts is empty.
     """
-    parts: dict[bool, NormalEquations] = {}
-    for (a_NF, residual_ND, target_ND), held in batches:
-        if held not in parts:
-            parts[held] = NormalEquations.zeros(a_NF.shape[1], residual_ND.shape[1], a_NF.device)
-        parts[held] = parts[held].update(a_NF, residual_ND, position_weights(target_ND))
-    if len(parts) < 2:
-        raise ValueError(
-            "a refit needs calibration blocks to fit and others to hold out. "
-            "Raise `num_calibration_tokens`."
-        )
-    errors = {ridge: parts[True].error(parts[False].solve(ridge)) for ridge in RIDGES}
+    fit, held = fit_and_held(batches)
+    errors = {ridge: held.error(fit.solve(ridge)) for ridge in RIDGES}
     ridge = min(errors, key=errors.__getitem__)
     if not errors[ridge] < 1:
-        return Refit(torch.zeros_like(parts[True].cross_DF), math.inf, 1.0)
-    return Refit((parts[True] + parts[False]).solve(ridge), ridge, errors[ridge])
+        return Refit(torch.zeros_like(held.cross_DF), math.inf, 1.0)
+    return Refit((held + fit).solve(ridge), ridge, errors[ridge])
 
 
 @torch.no_grad()
@@ -208,7 +122,8 @@ def refit_groups(
         targets = _advance(span(source, source_at, group.stop), targets, f"{name}: targets")
         currents = _advance(span(model, merged_at, position), currents, f"{name}: inputs")
         one = span(model, position, position + 1)
-        outcome = refit(_positions(one, layer, currents, targets, held_B, name))
+        held = held_B.split([len(current_BTD) for current_BTD in currents])
+        outcome = refit(split_held(_rows(one, layer, currents, targets, name), held))
         weight_DF = layer.tensors()["down_proj"]
         layer.refit("down_proj", (weight_DF.double() + outcome.change_DF).to(weight_DF.dtype))
         currents = _advance(one, currents, f"{name}: outputs")
@@ -225,7 +140,7 @@ def refit_groups(
 
 def down_rows(
     one: PreTrainedModel, inputs: list[Tensor], state_BTD: Tensor, target_BTD: Tensor
-) -> Positions:
+) -> Rows:
     """Run one layer and return its neurons' activations, residuals and targets, (B, T, ...) each.
 
     Args:
@@ -249,23 +164,15 @@ def _advance(part: PreTrainedModel, states: list[Tensor], description: str) -> l
     ]
 
 
-def _positions(
+def _rows(
     one: PreTrainedModel,
     layer: MergedLayer,
     currents: list[Tensor],
     targets: list[Tensor],
-    held_B: Tensor,
     description: str,
-) -> Iterator[tuple[Positions, bool]]:
-    """Yield activations, residuals and targets of a merged layer, and whether they are held out."""
-    sizes = [len(current_BTD) for current_BTD in currents]
-    held = held_B.split(sizes)
+) -> Iterator[Rows]:
+    """Yield activations, residuals and targets of a merged layer."""
     with capture_down_input(layer.template) as inputs:
-        batches = zip(currents, targets, held, strict=True)
-        for current_BTD, target_BTD, is_held_B in track(batches, description, total=len(currents)):
-            rows = down_rows(one, inputs, current_BTD, target_BTD)
-            for is_held in (False, True):
-                chosen_B = (is_held_B == is_held).to(rows[0].device)
-                if chosen_B.any():
-                    a_NF, residual_ND, target_ND = (x[chosen_B].flatten(0, 1) for x in rows)
-                    yield (a_NF, residual_ND, target_ND), is_held
+        batches = zip(currents, targets, strict=True)
+        for current_BTD, target_BTD in track(batches, description, total=len(currents)):
+            yield down_rows(one, inputs, current_BTD, target_BTD)

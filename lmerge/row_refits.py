@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lmerge.repair import NormalEquations, position_weights
+from lmerge.normal_equations import NormalEquations
 
 ROW_RIDGES = (30.0, 10.0, 3.0, 1.0, 3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3)
 """Regularisation strengths tried for each channel, as shares of the Gram matrix's mean diagonal."""
-
-Rows = tuple[Tensor, Tensor, Tensor]
-"""Features (B, T, F), residuals and targets (B, T, D) of one batch of blocks."""
 
 
 class RowRefit(NamedTuple):
@@ -52,31 +48,3 @@ def solve_rows(fit: NormalEquations, held: NormalEquations) -> RowRefit:
             change_DF[chosen_D] = both.solve(ridge)[chosen_D]
     error = 1 - float(gain_D.sum() / held.energy) if held.energy > 0 else 1.0
     return RowRefit(change_DF, ridge_D, error)
-
-
-def fit_and_held(
-    rows: Iterable[Rows], held: Sequence[Tensor]
-) -> tuple[NormalEquations, NormalEquations]:
-    """Return the sums over the fitted and over the held-out blocks.
-
-    Raises:
-        ValueError: When one of the two parts is empty.
-    """
-    parts: dict[bool, NormalEquations] = {}
-    for batch, is_held_B in zip(rows, held, strict=True):
-        for is_held in (False, True):
-            chosen_B = (is_held_B == is_held).to(batch[0].device)
-            if not chosen_B.any():
-                continue
-            a_NF, residual_ND, target_ND = (x[chosen_B].flatten(0, 1) for x in batch)
-            if is_held not in parts:
-                zeros = NormalEquations.zeros(a_NF.shape[1], residual_ND.shape[1], a_NF.device)
-                parts[is_held] = zeros
-            weight_N = position_weights(target_ND)
-            parts[is_held] = parts[is_held].update(a_NF, residual_ND, weight_N)
-    if len(parts) < 2:
-        raise ValueError(
-            "a refit needs calibration blocks to fit and others to hold out. "
-            "Raise `num_calibration_tokens`."
-        )
-    return parts[False], parts[True]

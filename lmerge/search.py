@@ -18,6 +18,7 @@ from lmerge.block_refits import (
     log_probabilities,
     normed_output,
     run_part,
+    spread_places,
 )
 from lmerge.llama import num_layers, span, with_layers
 from lmerge.plan import Group, check_num_removed
@@ -278,13 +279,7 @@ def search_part(
     """Return the part of the calibration blocks that a search uses, and which are held out."""
     length = token_BT.shape[1]
     place_B = torch.arange(len(token_BT))
-    fit_B = _spread(place_B[~held_B], max(1, num_fit_tokens // length))
-    compare_B = _spread(place_B[held_B], max(1, num_held_tokens // length))
+    fit_B = spread_places(place_B[~held_B], max(1, num_fit_tokens // length))
+    compare_B = spread_places(place_B[held_B], max(1, num_held_tokens // length))
     chosen_B = torch.cat([fit_B, compare_B])
     return token_BT[chosen_B], torch.arange(len(chosen_B)) >= len(fit_B)
-
-
-def _spread(place_B: Tensor, count: int) -> Tensor:
-    """Return `count` of the places, evenly spread; all where there are fewer."""
-    count = min(count, len(place_B))
-    return place_B[((torch.arange(count) + 0.5) * len(place_B) / count).long()]

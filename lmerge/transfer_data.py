@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lmerge.data.batching import by_domain_language, sample_prompts
-from lmerge.data.prompts import calibration_text
+from lmerge.data.prompts import calibration_text, questions_text
 from lmerge.data.questions import fingerprint, load_questions, resolve_domains
 from lmerge.data.records import Question
 from lmerge.data.text import token_blocks
@@ -200,7 +200,7 @@ def _blocks(
     seed: int,
 ) -> dict[str, Tensor]:
     groups = _groups(questions.calibration, questions.subjects, kept, seed)
-    streams = encode(tokenizer, ["\n\n".join(map(calibration_text, g)) for g in groups.values()])
+    streams = encode(tokenizer, [questions_text(group) for group in groups.values()])
     return {
         name: token_blocks(ids, block_size)
         if len(ids) >= block_size

@@ -70,6 +70,7 @@ ORDER = (
     "indexed",
     "metrics",
     "words",
+    "normal_equations",
     "repair",
     "trained_layers",
     "block_refits",

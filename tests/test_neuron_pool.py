@@ -10,8 +10,9 @@ from lmerge.cache import cache_states
 from lmerge.llama import decoder_layers, run_span, span, with_layers, with_tensors
 from lmerge.merged import MergedLlama
 from lmerge.neuron_pool import RIDGE, pool_neurons, select_neurons
+from lmerge.normal_equations import NormalEquations
 from lmerge.refine import refine_layers
-from lmerge.repair import NormalEquations, RepairConfig
+from lmerge.repair import RepairConfig
 
 HELD = torch.arange(96) % 4 == 3
 

@@ -11,8 +11,9 @@ from lmerge.alphas import AlphaConfig
 from lmerge.cache import cache_states
 from lmerge.llama import decoder_layers, run_span, span
 from lmerge.merged import MergedLlama
+from lmerge.normal_equations import NormalEquations
 from lmerge.refine import refine_layers
-from lmerge.repair import NormalEquations, RepairConfig
+from lmerge.repair import RepairConfig
 from lmerge.row_refits import ROW_RIDGES, RowRefit, solve_rows
 from lmerge.state_training import train_layer
 

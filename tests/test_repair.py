@@ -15,14 +15,12 @@ from lmerge.cache import cache_states
 from lmerge.compose import REPAIRS, repair
 from lmerge.llama import decoder_layers
 from lmerge.merged import MergedLlama
+from lmerge.normal_equations import NormalEquations, Positions, position_weights
 from lmerge.repair import (
     RIDGES,
-    NormalEquations,
-    Positions,
     Refit,
     RepairConfig,
     RepairMethod,
-    position_weights,
     refit,
     refit_groups,
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lmerge.data.batching import DomainSubjects, by_domain_language, permutation
-from lmerge.data.prompts import calibration_text
+from lmerge.data.prompts import questions_text
 from lmerge.data.records import Question
 from lmerge.data.text import token_blocks
 
@@ -36,7 +36,7 @@ def calibration_streams(
     for group in by_domain_language(questions, domain_subjects).values():
         new = [question for question in group if (question.id, question.language) not in seen]
         seen |= {(question.id, question.language) for question in new}
-        streams.append("\n\n".join(calibration_text(question) for question in new))
+        streams.append(questions_text(new))
     ids = tokenizer([*streams, *texts.values()], add_special_tokens=False, verbose=False)
     return [list(stream) for stream in ids["input_ids"]]
 

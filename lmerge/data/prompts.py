@@ -11,7 +11,7 @@ to it; a tokenizer that puts tokens before a text by itself keeps them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import NamedTuple
@@ -74,6 +74,11 @@ def calibration_text(question: Question) -> str:
     """Return a question with its choices and the right answer, letter and text, as prose."""
     answer = f"{LETTERS[question.answer]}. {question.choices[question.answer]}"
     return f"{letter_question(question)} {answer}"
+
+
+def questions_text(questions: Iterable[Question]) -> str:
+    """Return questions with their answers as one text, an empty line in between."""
+    return "\n\n".join(map(calibration_text, questions))
 
 
 def check_shots(questions: Sequence[Question], examples: Examples, num_shots: int) -> None:
